@@ -1,0 +1,127 @@
+"""A residual-vector-quantized codec of DAC / SEANet blocks (arXiv 2306.06546, 2210.13438), causal or centred."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtok.layers.conv1d import zero_past
+from mmtok.layers.seanet import Decoder, Encoder
+from mmtok.quantizers.rvq import ResidualVectorQuantizer
+from mmtok.tokenizer import AudioTokenizer, Reconstruction
+from mmtok.tokens import TokenSpec
+
+
+class AudioCodec(AudioTokenizer):
+    """Convolutional encoder, residual vector quantizer, convolutional decoder; mono.
+
+    Args:
+        sample_rate: Hz.
+        strides: down-sampling factors of the encoder, in order; the decoder mirrors them. Their product is the hop.
+        encoder_width: channels at the sample rate in the encoder; they double at each stride.
+        decoder_width: channels at the frame rate in the decoder; they halve at each stride.
+        latent_dim: width D of the latent that is quantized.
+        num_codebooks, codebook_size: levels Q and K entries of each.
+        codebook_dim: width of the codebooks when they are projected (DAC uses 8), None for D.
+        quantizer_dropout: share of training items that use a random number of levels.
+        dilations: residual units before each stride.
+        kernel_size: of the residual units.
+        causal: no look-ahead, so that it can stream.
+        chunk_seconds: longer sound is processed in pieces that overlap by the receptive field, with the same result.
+    """
+
+    type_name = "codec"
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        strides: Sequence[int] = (8, 5, 4, 2),
+        encoder_width: int = 16,
+        decoder_width: int = 384,
+        latent_dim: int = 128,
+        num_codebooks: int = 8,
+        codebook_size: int = 1024,
+        codebook_dim: int | None = None,
+        quantizer_dropout: float = 0.0,
+        dilations: Sequence[int] = (1, 3, 9),
+        kernel_size: int = 7,
+        causal: bool = False,
+        chunk_seconds: float = 60.0,
+    ):
+        config: dict[str, Any] = {
+            "sample_rate": sample_rate,
+            "strides": list(strides),
+            "encoder_width": encoder_width,
+            "decoder_width": decoder_width,
+            "latent_dim": latent_dim,
+            "num_codebooks": num_codebooks,
+            "codebook_size": codebook_size,
+            "codebook_dim": codebook_dim,
+            "quantizer_dropout": quantizer_dropout,
+            "dilations": list(dilations),
+            "kernel_size": kernel_size,
+            "causal": causal,
+            "chunk_seconds": chunk_seconds,
+        }
+        super().__init__(config)
+        self.sample_rate, self.hop_length = sample_rate, math.prod(strides)
+        self.chunk_frames = max(1, int(chunk_seconds * sample_rate / self.hop_length))
+        blocks = (tuple(dilations), kernel_size, causal)
+        self.encoder = Encoder(1, encoder_width, strides, latent_dim, *blocks)
+        self.quantizer = ResidualVectorQuantizer(
+            latent_dim, num_codebooks, codebook_size, codebook_dim=codebook_dim, quantizer_dropout=quantizer_dropout
+        )
+        self.decoder = Decoder(1, decoder_width, tuple(strides)[::-1], latent_dim, *blocks)
+        self.margin = receptive_frames(strides, dilations, kernel_size)
+
+    def base_spec(self) -> TokenSpec:
+        rate = self.sample_rate / self.hop_length
+        return TokenSpec(self.type_name, "audio", self.quantizer.codebook_sizes, frame_rate=rate)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Reconstruction:
+        """(B, 1, L), L a multiple of the hop, -> reconstruction (B, 1, L); ``mask`` (B, T) bool marks valid frames."""
+        frames = None if mask is None else mask.sum(1)
+        z = self.encoder(x, None if frames is None else frames * self.hop_length).transpose(1, 2)  # (B, T, D)
+        quantized = self.quantizer(z, mask)
+        return Reconstruction(self.decoder(quantized.z_q.transpose(1, 2), frames), quantized)
+
+    def encode_samples(self, x: Tensor, lengths: Tensor, num_codebooks: int | None) -> Tensor:
+        hop, T = self.hop_length, x.shape[-1] // self.hop_length
+        parts = []
+        for start, stop, left, right in pieces(T, self.chunk_frames, self.margin):
+            piece_lengths = (lengths - (start - left) * hop).clamp(0, (left + stop - start + right) * hop)
+            z = self.encoder(x[..., (start - left) * hop : (stop + right) * hop], piece_lengths).transpose(1, 2)
+            parts.append(self.quantizer.encode(z[:, left : left + stop - start], num_codebooks))
+        return torch.cat(parts, 2)
+
+    def decode_samples(self, codes: Tensor, lengths: Tensor) -> Tensor:
+        hop, T = self.hop_length, codes.shape[2]
+        parts = []
+        for start, stop, left, right in pieces(T, self.chunk_frames, self.margin):
+            z_q = self.quantizer.decode(codes[..., start - left : stop + right]).transpose(1, 2)
+            piece_lengths = (lengths - (start - left)).clamp(0, z_q.shape[-1])
+            y = self.decoder(zero_past(z_q, piece_lengths), piece_lengths)
+            parts.append(y[..., left * hop : (left + stop - start) * hop])
+        return torch.cat(parts, -1)
+
+
+def pieces(T: int, size: int, margin: int) -> list[tuple[int, int, int, int]]:
+    """(start, stop, frames of context on the left, on the right) that cover T frames in steps of ``size``."""
+    return [
+        (start, min(start + size, T), min(margin, start), min(margin, T - min(start + size, T)))
+        for start in range(0, T, size)
+    ]
+
+
+def receptive_frames(strides: Sequence[int], dilations: Sequence[int], kernel_size: int) -> int:
+    """An upper bound in frames of how far either side of a frame the encoder or the decoder looks."""
+    units = sum(d * (kernel_size - 1) for d in dilations)
+    samples, step = float(kernel_size - 1), 1
+    for stride in strides:
+        samples += units * step + 2 * stride * step
+        step *= stride
+    return math.ceil((samples + max(kernel_size, 3) * step) / step) + 1

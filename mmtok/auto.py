@@ -1,0 +1,167 @@
+"""Tokenizers by name: the table of types, what ships, and loading from a folder or a hub."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtok.tokenizer import CHECKPOINT_FORMAT, TRAINING_STATE, CheckpointError, Tokenizer, fingerprint_of
+from mmtok.tokens import TokenSpec
+
+TOKENIZERS = {
+    "binary1d": "mmtok.image.binary1d:Binary1D",
+    "codec": "mmtok.audio.codec:AudioCodec",
+}
+HUB_PREFIX = "hf:"
+FILES = ("config.json", "model.safetensors")
+
+
+def shipped_folder() -> Path:
+    """The folder of the checkpoints that ship: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    inside = package / "checkpoints"
+    return inside if inside.is_dir() else package.parent / "checkpoints"
+
+
+def available(pattern: str = "*") -> list[str]:
+    """Names that `load` knows, e.g. ``available("audio*")``."""
+    folder = shipped_folder()
+    names = sorted(p.parent.name for p in folder.glob("*/config.json")) if folder.is_dir() else []
+    return [n for n in names if fnmatch.fnmatch(n, pattern)]
+
+
+def card(name: str) -> dict[str, Any]:
+    """What is known of a shipped tokenizer or a checkpoint folder: spec, bits, parameters, size, model card.
+
+    Raises:
+        ValueError: unknown name. CheckpointError: damaged folder.
+    """
+    folder = _folder(name)
+    config = _read_config(folder)
+    spec = TokenSpec.from_dict(config["spec"])
+    readme = folder / "README.md"
+    weights = folder / "model.safetensors"
+    result: dict[str, Any] = {
+        "name": spec.name,
+        "type": config["type"],
+        "modality": spec.modality,
+        "codebook_sizes": list(spec.codebook_sizes),
+        "num_codebooks": spec.num_codebooks,
+        "bits_per_position": spec.bits_per_position,
+        "conditions": list(spec.conditions),
+        "fingerprint": spec.fingerprint,
+        "config": config["config"],
+        "folder": str(folder),
+        "checkpoint_bytes": weights.stat().st_size if weights.is_file() else None,
+        "readme": readme.read_text() if readme.is_file() else "",
+    }
+    if spec.num_tokens is not None:
+        bits = spec.bits_per_position * spec.num_tokens
+        result |= {"num_tokens": spec.num_tokens, "bits_per_image": bits, "bytes_per_image": bits / 8}
+    else:
+        result |= {"frame_rate": spec.frame_rate, "bitrate_bps": spec.bitrate_bps}
+    return result
+
+
+def load(name: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
+    """Load a tokenizer, ready for encode and decode.
+
+    Args:
+        name: a shipped name (`available`), a checkpoint folder, or ``hf:org/repo`` on the Hugging Face hub (the local
+            cache is used when the hub cannot be reached).
+        device: where the weights go.
+
+    Raises:
+        ValueError: unknown name or type. CheckpointError: a file is missing, damaged, or was changed.
+    """
+    folder = _folder(name)
+    config = _read_config(folder)
+    if config["type"] not in TOKENIZERS:
+        raise ValueError(f"{folder}: unknown type {config['type']!r}; expected one of {sorted(TOKENIZERS)}")
+    module, _, class_name = TOKENIZERS[config["type"]].partition(":")
+    cls = getattr(importlib.import_module(module), class_name)
+    try:
+        tokenizer: Tokenizer = cls(**config["config"])
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{folder}/config.json does not fit {class_name}: {e}; restore the file") from e
+    weights = _read_weights(folder)
+    spec = TokenSpec.from_dict(config["spec"])
+    found = fingerprint_of(config["type"], config["config"], weights)
+    if found != spec.fingerprint:
+        raise CheckpointError(
+            f"{folder}: expected fingerprint {spec.fingerprint}, got {found}: weights or config were changed after "
+            "they were saved; restore the files, or save the tokenizer again with tokenizer.save(folder)"
+        )
+    missing, unexpected = tokenizer.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, strict=False
+    )
+    missing = [k for k in missing if not k.endswith(TRAINING_STATE)]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder}: missing weights {missing[:3]}, unexpected {unexpected[:3]}; restore the files"
+        )
+    tokenizer.name = spec.name
+    return tokenizer.to(device).eval()
+
+
+def _folder(name: str | Path) -> Path:
+    text = str(name)
+    if text.startswith(HUB_PREFIX):
+        return _from_hub(text.removeprefix(HUB_PREFIX))
+    if text in available():
+        return shipped_folder() / text
+    if Path(text).is_dir():
+        return Path(text)
+    near = difflib.get_close_matches(text, available(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"unknown tokenizer {text!r}: {hint}expected one of {available()}, a checkpoint folder, or hf:org/repo"
+    )
+
+
+def _from_hub(repo: str) -> Path:
+    """The snapshot folder of a hub repository; its cached copy when there is no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[*FILES, "README.md"]))
+    except HFValidationError as e:
+        raise ValueError(f"hf:{repo}: expected hf:org/repo ({e})") from e
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise ValueError(
+            f"hf:{repo} is neither in the local cache nor reachable ({type(e).__name__}); check the name and the "
+            "network, or download the folder and load it by its path"
+        ) from e
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for file in FILES:
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} is no checkpoint: {file} is missing; expected {' and '.join(FILES)}")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["format"] != CHECKPOINT_FORMAT:
+            raise CheckpointError(f"{folder}: expected format {CHECKPOINT_FORMAT!r}, got {config['format']!r}")
+        TokenSpec.from_dict(config["spec"])
+        return {k: config[k] for k in ("format", "type", "config", "spec")}
+    except CheckpointError:
+        raise
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{folder}/config.json is damaged ({e!r}); restore the file") from e
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{folder}/model.safetensors is damaged ({e}); restore the file") from e

@@ -1,0 +1,7 @@
+"""`python -m mmtok.cli`: the same as the command `mmtok`."""
+
+import sys
+
+from mmtok.cli import main
+
+sys.exit(main())

@@ -1,0 +1,46 @@
+"""Quantizers: vectors (B, T, D) to integer codes (B, Q, T) and back, one interface for all of them."""
+
+from __future__ import annotations
+
+from mmtok.quantizers.base import Quantized, Quantizer
+from mmtok.quantizers.binary import BinaryQuantizer
+from mmtok.quantizers.codebook import Codebook
+from mmtok.quantizers.fsq import FiniteScalarQuantizer
+from mmtok.quantizers.rvq import ResidualVectorQuantizer
+from mmtok.quantizers.vq import VectorQuantizer
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "vq": VectorQuantizer,
+    "rvq": ResidualVectorQuantizer,
+    "fsq": FiniteScalarQuantizer,
+    "binary": BinaryQuantizer,
+}
+
+
+def build_quantizer(config: dict) -> Quantizer:
+    """The quantizer that ``config`` describes: {"type": a key of QUANTIZERS, and its constructor's arguments}.
+
+    Raises:
+        ValueError: unknown type, or arguments that its constructor does not have or misses.
+    """
+    arguments = dict(config)
+    name = arguments.pop("type", None)
+    if name not in QUANTIZERS:
+        raise ValueError(f"type: expected one of {', '.join(QUANTIZERS)}, got {name!r}")
+    try:
+        return QUANTIZERS[name](**arguments)
+    except TypeError as e:
+        raise ValueError(f"cannot build quantizer {name!r} from {sorted(arguments)}: {e}") from e
+
+
+__all__ = [
+    "QUANTIZERS",
+    "BinaryQuantizer",
+    "Codebook",
+    "FiniteScalarQuantizer",
+    "Quantized",
+    "Quantizer",
+    "ResidualVectorQuantizer",
+    "VectorQuantizer",
+    "build_quantizer",
+]

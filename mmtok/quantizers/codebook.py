@@ -1,0 +1,171 @@
+"""One codebook (K, D) and how it learns: k-means start, moving averages or gradient, revival of dead codes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmtok.kernels.codebook_stats import codebook_stats
+from mmtok.kernels.nearest_code import METRICS, nearest_code
+from mmtok.quantizers.sync import from_rank_zero, gather_rows, sum_over_ranks
+
+KMEANS_STEPS = 10
+KMEANS_VECTORS_PER_CODE = 64  # more vectors than this per code do not move the centroids, they only cost time
+LEARNING = ("ema", "gradient")
+
+
+class Codebook(nn.Module):
+    """K vectors of width D, nearest-code lookup, and their update.
+
+    ``ema`` (arXiv 1711.00937, appendix A.1): cluster_size and codebook_sum are moving averages of the counts and of the
+    vector sums of each step's global batch, and a code is their quotient. A code that stays unused keeps its value,
+    since both averages decay alike. ``gradient``: the codebook is a parameter, cluster_size only serves the revival.
+
+    Revival: after each update, codes whose cluster_size is below ``dead_code_threshold`` times the mean cluster_size
+    (the mean is frames_per_step / K, so the rule does not depend on the batch size) are replaced by random vectors of
+    the present global batch. Their cluster_size is set to that mean and their codebook_sum to match: the next update
+    would otherwise put the old code back. A revived code that wins nothing is dead again after
+    log(threshold) / log(decay) steps (229 for 0.1 and 0.99).
+
+    Args:
+        size: K. dim: D. metric: ``euclidean`` or ``cosine``, for the choice of the code only: codes keep their length.
+        learning: ``ema`` or ``gradient``. decay: of the moving averages.
+        kmeans_init: start from k-means over the first training batch (of all ranks together).
+        dead_code_threshold: share of the mean use below which a code is revived; 0 = never.
+    """
+
+    codebook: Tensor
+    cluster_size: Tensor
+    codebook_sum: Tensor
+    initialized: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        metric: str = "euclidean",
+        learning: str = "ema",
+        decay: float = 0.99,
+        kmeans_init: bool = True,
+        dead_code_threshold: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if size < 2 or dim < 1:
+            raise ValueError(f"expected codebook_size >= 2 and a width >= 1, got {size} and {dim}")
+        if metric not in METRICS or learning not in LEARNING:
+            raise ValueError(
+                f"expected metric in {METRICS} and codebook in {LEARNING}, got {metric!r} and {learning!r}"
+            )
+        if not 0 <= decay < 1 or not 0 <= dead_code_threshold < 1:
+            raise ValueError(
+                f"expected decay and dead_code_threshold in [0, 1), got {decay} and {dead_code_threshold}; "
+                f"the threshold is a share of the mean use of a code, not a count"
+            )
+        self.metric, self.learning, self.decay = metric, learning, decay
+        self.kmeans_init, self.dead_code_threshold = kmeans_init, dead_code_threshold
+        start = torch.randn(size, dim) / math.sqrt(dim)
+        if learning == "gradient":
+            self.codebook = nn.Parameter(start)
+        else:
+            self.register_buffer("codebook", start)
+            self.register_buffer("codebook_sum", torch.zeros(size, dim))
+        self.register_buffer("cluster_size", torch.zeros(size))
+        self.register_buffer("initialized", torch.tensor(not kmeans_init))
+        self._ready = not kmeans_init  # spares a device synchronisation in every step
+        self.register_load_state_dict_post_hook(_look_again)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """x (N, D) -> codes (N,)."""
+        return nearest_code(x, self.codebook, self.metric, check_finite=False)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """codes (...) -> (..., D), with a gradient to a ``gradient`` codebook."""
+        return F.embedding(codes, self.codebook)
+
+    @torch.no_grad()
+    def start(self, x: Tensor, valid: Tensor) -> None:
+        """K-means over the valid rows of x (N, D) of all ranks, once; it waits for a batch that has such rows."""
+        if self._ready:
+            return
+        if not bool(self.initialized):
+            rows = gather_rows(x.detach()[valid])
+            if rows.shape[0] == 0:
+                return
+            centroids, counts = kmeans(rows, self.cluster_size.shape[0], self.metric)
+            self.codebook.copy_(from_rank_zero(centroids))
+            self.cluster_size.copy_(from_rank_zero(counts))
+            if self.learning == "ema":
+                self.codebook_sum.copy_(self.codebook * self.cluster_size[:, None])
+            self.initialized.fill_(True)
+        self._ready = True
+
+    @torch.no_grad()
+    def update(self, x: Tensor, codes: Tensor, valid: Tensor) -> None:
+        """Move the averages by the valid rows of x (N, D) with codes (N,), over all ranks; then revive dead codes."""
+        counts, sums = codebook_stats(x, codes, self.cluster_size.shape[0], valid)
+        step = sum_over_ranks(torch.cat([counts[:, None], sums], 1))  # (K, 1 + D), one collective
+        counts, sums = step[:, 0], step[:, 1:]
+        if not bool(counts.sum() > 0):
+            return
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        if self.learning == "ema":
+            self.codebook_sum.lerp_(sums, 1 - self.decay)
+            used = self.cluster_size[:, None] > 1e-6  # below, a quotient of two almost-zeros says nothing
+            mean = self.codebook_sum / self.cluster_size[:, None].clamp_min(1e-6)
+            self.codebook.copy_(torch.where(used, mean, self.codebook))
+        if self.dead_code_threshold > 0:
+            self._revive(x, valid)
+
+    def _revive(self, x: Tensor, valid: Tensor) -> None:
+        mean_size = self.cluster_size.mean()
+        dead = (self.cluster_size < self.dead_code_threshold * mean_size).nonzero()[:, 0]  # the same on every rank
+        if dead.numel() == 0:
+            return
+        fresh = from_rank_zero(draw_rows(gather_rows(x.detach()[valid]), dead.numel()))
+        self.codebook[dead] = fresh
+        self.cluster_size[dead] = mean_size
+        if self.learning == "ema":
+            self.codebook_sum[dead] = fresh * mean_size
+
+
+def _look_again(book: nn.Module, incompatible_keys: object) -> None:
+    """After loading weights, ``initialized`` may say something else."""
+    book._ready = False  # type: ignore[assignment]
+
+
+def draw_rows(rows: Tensor, n: int) -> Tensor:
+    """n random rows of (N, D): distinct ones while they last, then repeats parted by a jitter of 1 % of the spread."""
+    N = rows.shape[0]
+    picks = [torch.randperm(N, device=rows.device) for _ in range(-(-n // N))]
+    drawn = rows[torch.cat(picks)[:n]]
+    if n > N:
+        spread = rows.std(0, correction=0)
+        drawn[N:] += 0.01 * spread * torch.randn_like(drawn[N:])
+    return drawn
+
+
+def kmeans(rows: Tensor, size: int, metric: str) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm from random rows; memory O(N + size), not N x size.
+
+    Args:
+        rows: (N, D), N >= 1. size: K. metric: how the nearest centroid is chosen; centroids are plain means.
+
+    Returns:
+        centroids (K, D), and counts (K,) scaled to sum to N. A centroid without rows is put on a random row.
+    """
+    N = rows.shape[0]
+    rows = draw_rows(rows, min(N, KMEANS_VECTORS_PER_CODE * size))
+    centroids = draw_rows(rows, size)
+    counts = rows.new_zeros(size)
+    for _ in range(KMEANS_STEPS):
+        codes = nearest_code(rows, centroids, metric, check_finite=False)
+        counts, sums = codebook_stats(rows, codes, size)
+        empty = counts == 0
+        centroids = torch.where(empty[:, None], centroids, sums / counts.clamp_min(1)[:, None])
+        num_empty = int(empty.sum())
+        if num_empty:
+            centroids[empty] = draw_rows(rows, num_empty)
+    return centroids, counts * (N / rows.shape[0])

@@ -1,0 +1,377 @@
+"""The one interface: `Tokenizer`, and what images and sound add to it (input of any kind in, exact size out)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmtok.data import audio as audio_io
+from mmtok.data import images as image_io
+from mmtok.quantizers.base import Quantized
+from mmtok.tokens import Tokens, TokenSpec, write_atomic
+
+CHECKPOINT_FORMAT = "mmtok-checkpoint-1"
+TRAINING_STATE = (".cluster_size", ".codebook_sum")  # statistics that only training reads
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is incomplete, damaged or was changed after it was written."""
+
+
+@dataclasses.dataclass
+class Reconstruction:
+    """What `forward` returns: ``x_hat`` like the input, the quantizer's result, and named extra losses or features."""
+
+    x_hat: Tensor
+    quantized: Quantized
+    aux: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Tokenizer(nn.Module):
+    """Base of every tokenizer. ``encode(x) -> Tokens``; ``decode(tokens)`` gives back exactly the input's size.
+
+    A subclass sets ``config`` (the keyword arguments that rebuild it), names its ``type_name`` (a key of
+    ``auto.TOKENIZERS``) and fills `base_spec`.
+    """
+
+    type_name: ClassVar[str] = ""
+    modality: ClassVar[str] = ""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.config = config
+        self.name = self.type_name
+        self._hash: tuple[tuple, str] | None = None
+
+    def base_spec(self) -> TokenSpec:
+        """The spec without name and fingerprint."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its codes mean")
+
+    @property
+    def spec(self) -> TokenSpec:
+        """What this tokenizer's codes mean. The fingerprint follows the weights."""
+        return dataclasses.replace(self.base_spec(), name=self.name, fingerprint=self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over config and weights, recomputed when a weight has changed in place."""
+        versions = tuple(t._version for t in (*self.parameters(), *self.buffers()))
+        if self._hash is None or self._hash[0] != versions:
+            self._hash = (versions, fingerprint_of(self.type_name, self.config, self.weights()))
+        return self._hash[1]
+
+    def weights(self) -> dict[str, Tensor]:
+        """State that inference reads: the state dict without the codebooks' training statistics."""
+        return {k: v for k, v in self.state_dict().items() if not k.endswith(TRAINING_STATE)}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def encode(
+        self,
+        x: Any,
+        sample_rate: int | None = None,
+        text: Any = None,
+        num_codebooks: int | None = None,
+        num_tokens: int | None = None,
+    ) -> Tokens:
+        raise NotImplementedError(f"{type(self).__name__} has no encode")
+
+    def decode(
+        self,
+        tokens: Tokens,
+        text: Any = None,
+        size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | list[Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} has no decode")
+
+    def _check_conditions(self, text: Any) -> None:
+        if text is not None and "text" not in self.base_spec().conditions:
+            raise ValueError(f"{self.name}: text was given, but this tokenizer takes no text; leave it out")
+
+    def _check_counts(self, num_codebooks: int | None, num_tokens: int | None) -> None:
+        Q = self.base_spec().num_codebooks
+        if num_codebooks is not None and not 1 <= num_codebooks <= Q:
+            raise ValueError(f"num_codebooks: expected 1..{Q} for {self.name}, got {num_codebooks}")
+        if num_tokens is not None and num_tokens < 1:
+            raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``; the model takes the rounding of ``dtype``.
+
+        The weights in memory are rounded too, so that this object and what `mmtok.load` reads give the same codes.
+        """
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            for tensor in (*self.parameters(), *self.buffers()):
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.to(dtype).to(tensor.dtype))
+        weights = {k: v.detach().cpu() for k, v in self.weights().items()}
+        stored = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in weights.items()}
+        config = {
+            "format": CHECKPOINT_FORMAT,
+            "type": self.type_name,
+            "config": self.config,
+            "spec": self.spec.to_dict(),
+        }
+        write_atomic(folder / "model.safetensors", save(stored, metadata={"format": CHECKPOINT_FORMAT}))
+        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def fingerprint_of(type_name: str, config: dict[str, Any], weights: dict[str, Tensor]) -> str:
+    """Hash of the type, the config and every weight read as float32 (integers as they are), in the order of names."""
+    digest = hashlib.sha256(json.dumps([type_name, config], sort_keys=True).encode())
+    for key in sorted(weights):
+        value = weights[key].detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stack(items: list[Tensor]) -> Tensor | list[Tensor]:
+    """One batch tensor when all items have one shape, else the list."""
+    return torch.stack(items) if len({tuple(i.shape) for i in items}) == 1 else items
+
+
+def integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+class ImageTokenizer(Tokenizer):
+    """Images of any H x W, grey, RGB or RGBA.
+
+    Pictures of one size are encoded together; no picture is padded because of another. A picture whose longer side is
+    above ``max_size`` is encoded from a copy reduced to it (antialiased bicubic), and enlarged again by decode; its
+    true height and width travel in ``side``. RGBA is laid over white and comes back opaque.
+    """
+
+    modality = "image"
+    max_size: int = 256
+    default_size: int = 128
+    batch_limit: int = 32
+
+    def encode_pixels(self, x: Tensor, num_codebooks: int | None, num_tokens: int | None) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> codes (B, Q, T)."""
+        raise NotImplementedError
+
+    def decode_pixels(self, codes: Tensor, height: int, width: int) -> Tensor:
+        """Codes (B, Q, T) -> (B, 3, H, W)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Any,
+        sample_rate: int | None = None,
+        text: Any = None,
+        num_codebooks: int | None = None,
+        num_tokens: int | None = None,
+    ) -> Tokens:
+        """Encode a path, PIL image, array, tensor or a list of them; see `mmtok.data.images.to_pictures`.
+
+        Raises ValueError naming expected and got for a wrong shape, dtype, range or NaN.
+        """
+        if sample_rate is not None:
+            raise ValueError(f"{self.name}: sample_rate is for audio; leave it out for images")
+        self._check_conditions(text)
+        self._check_counts(num_codebooks, num_tokens)
+        pictures, _ = image_io.to_pictures(x)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, p in enumerate(pictures):
+            groups.setdefault((p.pixels.shape[1], p.pixels.shape[2]), []).append(i)
+        found: dict[int, Tensor] = {}
+        with evaluation(self):
+            for size, members in groups.items():
+                for start in range(0, len(members), self.batch_limit):
+                    part = members[start : start + self.batch_limit]
+                    batch = torch.stack([image_io.to_rgb(pictures[i].pixels) for i in part]).to(self.device)
+                    batch = self._resize(batch, self.working_size(*size))
+                    codes = self.encode_pixels(batch, num_codebooks, num_tokens)
+                    found.update(zip(part, codes, strict=True))
+        codes = torch.nn.utils.rnn.pad_sequence([found[i].T for i in range(len(pictures))], batch_first=True)
+        codes = codes.transpose(1, 2).contiguous()
+        lengths = integers([found[i].shape[1] for i in range(len(pictures))]).to(codes.device)
+        side = {
+            "height": integers([p.pixels.shape[1] for p in pictures]),
+            "width": integers([p.pixels.shape[2] for p in pictures]),
+            "channels": integers([p.pixels.shape[0] for p in pictures]),
+            "bit_depth": integers([p.bit_depth for p in pictures]),
+        }
+        return Tokens(codes, lengths, self.spec.keep(codes.shape[1]), {k: v.to(codes.device) for k, v in side.items()})
+
+    def working_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which the network sees a picture: its own, or shrunk to ``max_size`` on the longer side."""
+        scale = min(1.0, self.max_size / max(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(x.shape[-2:]) == size:
+            return x
+        x = torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
+        return x.clamp(0, 1)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tokens,
+        text: Any = None,
+        size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Pictures in [0, 1] with the input's height, width and channels: (B, C, H, W), or a list when they differ.
+
+        Args:
+            size: (H, W) to decode at instead of the stored one.
+            generator: unused by deterministic decoders.
+        """
+        self._check_conditions(text)
+        tokens.check(self.spec)
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"size: expected (height, width) of at least 1, got {size}")
+        out: list[Tensor] = []
+        with evaluation(self):
+            for i in range(len(tokens)):
+                item = tokens[i]
+                side = {k: int(v[0]) for k, v in item.side.items() if v.ndim == 1}
+                height = side.get("height", self.default_size)
+                width = side.get("width", self.default_size)
+                height, width = size or (height, width)
+                pixels = self.decode_pixels(item.codes.to(self.device), *self.working_size(height, width))
+                pixels = self._resize(pixels.float().clamp(0, 1), (height, width))[0]
+                out.append(image_io.from_rgb(pixels, side.get("channels", 3)).cpu())
+        return stack(out) if out else torch.zeros(0, 3, self.default_size, self.default_size)
+
+
+class AudioTokenizer(Tokenizer):
+    """Sound of any length, rate and channel count, for a mono model at ``sample_rate`` Hz.
+
+    Sound at another rate is resampled to the model's and back (both rates stand in ``side``). Several channels are
+    encoded one by one and their frames interleaved (position = frame * channels + channel), so two channels cost twice
+    the bits; give a mono mix where that is not wanted.
+    """
+
+    modality = "audio"
+    sample_rate: int = 16000
+    hop_length: int = 320
+
+    def encode_samples(self, x: Tensor, lengths: Tensor, num_codebooks: int | None) -> Tensor:
+        """(B, 1, L) zero past ``lengths`` (B,), both multiples of the hop -> codes (B, Q, T)."""
+        raise NotImplementedError
+
+    def decode_samples(self, codes: Tensor, lengths: Tensor) -> Tensor:
+        """Codes (B, Q, T) with ``lengths`` (B,) frames -> (B, 1, T * hop)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Any,
+        sample_rate: int | None = None,
+        text: Any = None,
+        num_codebooks: int | None = None,
+        num_tokens: int | None = None,
+    ) -> Tokens:
+        """Encode a path, array (C, L) with ``sample_rate`` in Hz, or a list of clips of different lengths.
+
+        Raises ValueError naming expected and got for a missing rate, wrong shape, NaN, unscaled integers or silence
+        of zero length.
+        """
+        self._check_conditions(text)
+        self._check_counts(num_codebooks, num_tokens)
+        sounds, _ = audio_io.to_sounds(x, sample_rate)
+        hop = self.hop_length
+        rows: list[Tensor] = []  # one mono row a channel
+        frames: list[int] = []
+        for s in sounds:
+            samples = audio_io.resample(s.samples, s.sample_rate, self.sample_rate)
+            frames.append(-(-samples.shape[-1] // hop))
+            rows.extend(samples)
+        row_frames = [f for s, f in zip(sounds, frames, strict=True) for _ in range(s.samples.shape[0])]
+        L = max(row_frames) * hop
+        batch = torch.stack([audio_io.fit_length(r, L) for r in rows])[:, None].to(self.device)
+        with evaluation(self):
+            row_codes = self.encode_samples(batch, integers(row_frames).to(self.device) * hop, num_codebooks)
+        codes, lengths, row = [], [], 0
+        for s, T in zip(sounds, frames, strict=True):
+            C = s.samples.shape[0]
+            both = row_codes[row : row + C, :, :T]  # (C, Q, T)
+            codes.append(both.permute(1, 2, 0).reshape(both.shape[1], T * C))
+            lengths.append(T * C)
+            row += C
+        padded = torch.nn.utils.rnn.pad_sequence([c.T for c in codes], batch_first=True).transpose(1, 2).contiguous()
+        side = {
+            "num_samples": integers([s.samples.shape[1] for s in sounds]),
+            "sample_rate": integers([s.sample_rate for s in sounds]),
+            "channels": integers([s.samples.shape[0] for s in sounds]),
+        }
+        side = {k: v.to(padded.device) for k, v in side.items()}
+        tokens = Tokens(padded, integers(lengths).to(padded.device), self.spec.keep(padded.shape[1]), side)
+        return tokens if num_tokens is None else tokens.keep(num_tokens=num_tokens)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tokens,
+        text: Any = None,
+        size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Sound with the input's length, rate and channels: (B, C, L), or a list of (C, L) when they differ.
+
+        Without ``side`` (ids of a language model) it is mono at the model's own rate, T * hop samples. Tokens cut by
+        ``keep(num_tokens=)`` give the beginning that they describe.
+        """
+        self._check_conditions(text)
+        tokens.check(self.spec)
+        if size is not None:
+            raise ValueError("size: for images only; audio comes back with its own length")
+        out: list[Tensor] = []
+        with evaluation(self):
+            for i in range(len(tokens)):
+                item = tokens[i].to(self.device)
+                side = {k: int(v[0]) for k, v in item.side.items() if v.ndim == 1}
+                C, rate = side.get("channels", 1), side.get("sample_rate", self.sample_rate)
+                T = item.codes.shape[2] // C  # whole frames of all channels
+                rows = item.codes[0, :, : T * C].unflatten(1, (T, C)).permute(2, 0, 1)  # (C, Q, T)
+                if T:
+                    sound = self.decode_samples(rows, integers([T] * C).to(rows.device))[:, 0].float()
+                else:
+                    sound = torch.zeros(C, 0, device=rows.device)
+                sound = audio_io.resample(sound, self.sample_rate, rate) if T else sound
+                whole = sound.shape[-1]
+                wanted = side.get("num_samples", whole)
+                # A prefix of the tokens describes the beginning; anything else must give the exact length.
+                cut = T * self.hop_length < self._model_samples(wanted, rate)
+                out.append(audio_io.fit_length(sound, min(wanted, whole) if cut else wanted).cpu())
+        return stack(out) if out else torch.zeros(0, 1, 0)
+
+    def _model_samples(self, num_samples: int, rate: int) -> int:
+        """Samples at the model's rate of a clip of ``num_samples`` at ``rate`` (rounded up, as resampling does)."""
+        return -(-num_samples * self.sample_rate // rate)
+
+
+class evaluation:  # noqa: N801 - reads as a phrase: `with evaluation(model):`
+    """Evaluation mode inside the block, the former mode after it: encode and decode never depend on train()."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.was = module, module.training
+
+    def __enter__(self) -> None:
+        if self.was:
+            self.module.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.was:
+            self.module.train()

@@ -1,0 +1,105 @@
+"""Train the 16 kHz RVQ speech codec: 50 Hz, 8 levels of 1024 codes, 4 kbit/s, DAC / SEANet blocks with Snake.
+
+Command:   python recipes/audio_codec.py --data data --out runs/audio_codec --steps 6000
+Data:      `python recipes/fetch_data.py --out data` (human and synthesised speech), or any folder of audio.
+Result:    see recipes/LOG.md and checkpoints/audio-codec-16k-4kbps/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mmtok.audio.codec import AudioCodec
+from mmtok.data.audio import read_audio, resample
+from mmtok.data.packed import AudioBatches, audio_reader, pack
+from mmtok.data.sources import find_sources
+from mmtok.losses.discriminators import MultiPeriodDiscriminator, MultiScaleSTFTDiscriminator
+from mmtok.losses.spectral import MultiScaleMelLoss, MultiScaleSTFTLoss
+from mmtok.metrics import METRICS
+from mmtok.training import AudioObjective, TrainConfig, train
+from mmtok.training.objective import Adversary
+
+SMALL = {"encoder_width": 16, "decoder_width": 384, "latent_dim": 128, "quantizer_dropout": 0.25}
+TINY = {"encoder_width": 4, "decoder_width": 32, "latent_dim": 16, "num_codebooks": 2, "codebook_size": 16}
+ASSETS = Path(__file__).resolve().parents[1] / "mmtok" / "assets"
+
+
+class Discriminators(torch.nn.Module):
+    """Multi-period and multi-scale STFT discriminators side by side."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.periods = MultiPeriodDiscriminator(widths=(width, 4 * width, 8 * width))
+        self.spectra = MultiScaleSTFTDiscriminator(n_ffts=(1024, 512, 256), width=width)
+
+    def forward(self, x: torch.Tensor) -> list:
+        return [*self.periods(x), *self.spectra(x)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data", help="folder with speech.jsonl, or any folder of audio")
+    parser.add_argument("--out", default="runs/audio_codec", help="folder of log, state and weights")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=16, help="clips of one second a step on one process")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--causal", action="store_true", help="no look-ahead, for streaming")
+    parser.add_argument("--gan-start", type=int, default=None, help="step from which discriminators take part")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the convolution stacks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue from --out")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of a tiny model on the packaged clip")
+    args = parser.parse_args()
+
+    sources = find_sources(ASSETS if args.smoke else args.data, "audio")
+    training = [s for s in sources if s.split == "train"] or sources
+    validation = ([s for s in sources if s.split == "val"] or training)[:: max(1, len(sources) // 200)][:12]
+    rate = 16000
+    packed = pack([s.path for s in training], Path(args.out) / "cache", audio_reader(rate))
+    clips = [resample(x.mean(0, keepdim=True), r, rate) for x, r in (read_audio(s.path) for s in validation)]
+    clips = [c for c in clips if c.shape[1] > rate and c.abs().max() > 0.01]
+
+    torch.manual_seed(args.seed)
+    tokenizer = AudioCodec(sample_rate=rate, causal=args.causal, **(TINY if args.smoke else SMALL))
+    if args.compile:
+        tokenizer.encoder.compile(dynamic=False)
+        tokenizer.decoder.compile(dynamic=False)
+    config = TrainConfig(
+        out=Path(args.out),
+        steps=min(args.steps, 3) if args.smoke else args.steps,
+        lr=args.lr,
+        seed=args.seed,
+        warmup=2 if args.smoke else 200,
+        resume=args.resume,
+    )
+
+    def validate(model: torch.nn.Module) -> dict[str, float]:
+        scores: dict[str, list[float]] = {"stoi": [], "pesq_wb": [], "mel_distance": []}
+        with torch.compiler.set_stance("force_eager"):  # every clip has its own length
+            for clip in clips:
+                x_hat = tokenizer.decode(tokenizer.encode(clip, sample_rate=rate))
+                assert isinstance(x_hat, torch.Tensor)
+                for name, values in scores.items():
+                    try:
+                        values.append(float(METRICS[name].function(clip[None], x_hat, rate)))
+                    except (ImportError, ValueError):
+                        continue  # without the extra, or a clip too short for this metric
+        return {k: sum(v) / len(v) for k, v in scores.items() if v}
+
+    adversary = None
+    if args.gan_start is not None or args.smoke:
+        discriminators = Discriminators(2 if args.smoke else 16)
+        adversary = Adversary(discriminators, "least_squares", start=args.gan_start or 0)
+    objective = AudioObjective(
+        MultiScaleMelLoss(rate), MultiScaleSTFTLoss(), mel_weight=1.0, wave_weight=10.0, adversary=adversary
+    )
+    batches = AudioBatches(packed, 2 if args.smoke else args.batch, rate, args.seed)
+    train(tokenizer, objective, batches, config, validate)
+    print(f"weights: {config.out / 'tokenizer'}; log: {config.out / 'log.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()

