@@ -6,11 +6,13 @@ import difflib
 import fnmatch
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmtok.quantizers.codebook import Codebook
 from mmtok.tokenizer import CHECKPOINT_FORMAT, TRAINING_STATE, CheckpointError, Tokenizer, fingerprint_of
 from mmtok.tokens import TokenSpec
 
@@ -86,28 +88,44 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
         raise ValueError(f"{folder}: unknown type {config['type']!r}; expected one of {sorted(TOKENIZERS)}")
     module, _, class_name = TOKENIZERS[config["type"]].partition(":")
     cls = getattr(importlib.import_module(module), class_name)
-    try:
-        tokenizer: Tokenizer = cls(**config["config"])
-    except (TypeError, ValueError) as e:
-        raise CheckpointError(f"{folder}/config.json does not fit {class_name}: {e}; restore the file") from e
     weights = _read_weights(folder)
     spec = TokenSpec.from_dict(config["spec"])
     found = fingerprint_of(config["type"], config["config"], weights)
-    if found != spec.fingerprint:
+    if found != spec.fingerprint:  # before anything is built from a config that was changed
         raise CheckpointError(
             f"{folder}: expected fingerprint {spec.fingerprint}, got {found}: weights or config were changed after "
             "they were saved; restore the files, or save the tokenizer again with tokenizer.save(folder)"
         )
-    missing, unexpected = tokenizer.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, strict=False
-    )
-    missing = [k for k in missing if not k.endswith(TRAINING_STATE)]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{folder}: missing weights {missing[:3]}, unexpected {unexpected[:3]}; restore the files"
+    try:
+        tokenizer: Tokenizer = cls(**config["config"])
+        missing, unexpected = tokenizer.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, strict=False
         )
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as e:  # another version of the class wrote it
+        reason = " ".join(str(e).split())[:300]  # torch lists every tensor on a line of its own
+        raise CheckpointError(
+            f"{folder}: config or weights do not fit {class_name}: {reason}; restore the files"
+        ) from e
+    absent = [k for k in missing if not k.endswith(TRAINING_STATE)]
+    if absent or unexpected:
+        raise CheckpointError(f"{folder}: missing weights {absent[:3]}, unexpected {unexpected[:3]}; restore the files")
+    revive_training_state(tokenizer, missing)
     tokenizer.name = spec.name
     return tokenizer.to(device).eval()
+
+
+@torch.no_grad()
+def revive_training_state(tokenizer: Tokenizer, missing: Sequence[str]) -> None:
+    """Make codebooks trainable again whose statistics (``missing`` keys) a checkpoint does not carry.
+
+    Every code counts as used once (cluster_size 1, codebook_sum its own value). With the zeros of a fresh codebook the
+    first update would take most codes for dead and overwrite them.
+    """
+    for name, book in tokenizer.named_modules():
+        if isinstance(book, Codebook) and f"{name}.cluster_size" in missing:
+            book.cluster_size.fill_(1.0)
+            if book.learning == "ema":
+                book.codebook_sum.copy_(book.codebook)
 
 
 def _folder(name: str | Path) -> Path:
@@ -128,7 +146,7 @@ def _folder(name: str | Path) -> Path:
 def _from_hub(repo: str) -> Path:
     """The snapshot folder of a hub repository; its cached copy when there is no network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo, allow_patterns=[*FILES, "README.md"]))
@@ -149,6 +167,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
         if config["format"] != CHECKPOINT_FORMAT:
             raise CheckpointError(f"{folder}: expected format {CHECKPOINT_FORMAT!r}, got {config['format']!r}")
+        if not isinstance(config["type"], str) or not isinstance(config["config"], dict):
+            raise TypeError("expected type to be a string and config an object")
         TokenSpec.from_dict(config["spec"])
         return {k: config[k] for k in ("format", "type", "config", "spec")}
     except CheckpointError:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmtok.data import audio as audio_io
 from mmtok.data import images as image_io
 from mmtok.quantizers.base import Quantized
-from mmtok.tokens import Tokens, TokenSpec, write_atomic
+from mmtok.tokens import Tokens, TokensError, TokenSpec, side_value, write_atomic
 
 CHECKPOINT_FORMAT = "mmtok-checkpoint-1"
 TRAINING_STATE = (".cluster_size", ".codebook_sum")  # statistics that only training reads
@@ -60,11 +60,19 @@ class Tokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over config and weights, recomputed when a weight has changed in place."""
-        versions = tuple(t._version for t in (*self.parameters(), *self.buffers()))
-        if self._hash is None or self._hash[0] != versions:
-            self._hash = (versions, fingerprint_of(self.type_name, self.config, self.weights()))
+        """16 hex digits over config and weights, recomputed when a weight has changed or was replaced.
+
+        Fused optimizers and ``.data`` change weights without a trace, so nothing is remembered in training mode.
+        """
+        state = tuple((t._version, t.data_ptr(), t.dtype) for t in (*self.parameters(), *self.buffers()))
+        if self.training or self._hash is None or self._hash[0] != state:
+            self._hash = (state, fingerprint_of(self.type_name, self.config, self.weights()))
         return self._hash[1]
+
+    def train(self, mode: bool = True) -> Tokenizer:
+        """As `torch.nn.Module.train`; the fingerprint is computed anew afterwards."""
+        self._hash = None
+        return super().train(mode)
 
     def weights(self) -> dict[str, Tensor]:
         """State that inference reads: the state dict without the codebooks' training statistics."""
@@ -108,15 +116,22 @@ class Tokenizer(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` into ``folder``; the model takes the rounding of ``dtype``.
 
         The weights in memory are rounded too, so that this object and what `mmtok.load` reads give the same codes.
+        Raises ValueError when a weight is too large for ``dtype``; nothing is changed or written then.
         """
         from safetensors.torch import save
 
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating type such as torch.float16, got {dtype}")
+        floats = {k: v for k, v in self.weights().items() if v.is_floating_point()}
+        for key, value in floats.items():
+            if not bool((value.to(dtype).isfinite() | ~value.isfinite()).all()):
+                largest = float(value.abs().max())
+                raise ValueError(f"{key} holds {largest:.3g}, too large for {dtype}; save as torch.float32")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
-            for tensor in (*self.parameters(), *self.buffers()):
-                if tensor.is_floating_point():
-                    tensor.copy_(tensor.to(dtype).to(tensor.dtype))
+            for tensor in floats.values():  # they share memory and version with the parameters and buffers
+                tensor.copy_(tensor.to(dtype).to(tensor.dtype))
         weights = {k: v.detach().cpu() for k, v in self.weights().items()}
         stored = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in weights.items()}
         config = {
@@ -240,17 +255,23 @@ class ImageTokenizer(Tokenizer):
         tokens.check(self.spec)
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"size: expected (height, width) of at least 1, got {size}")
+        longest = self.base_spec().num_tokens
+        if longest is not None and len(tokens) and int(tokens.lengths.max()) > longest:
+            raise TokensError(f"lengths: expected at most {longest} tokens an image, got {int(tokens.lengths.max())}")
         out: list[Tensor] = []
         with evaluation(self):
             for i in range(len(tokens)):
                 item = tokens[i]
-                side = {k: int(v[0]) for k, v in item.side.items() if v.ndim == 1}
-                height = side.get("height", self.default_size)
-                width = side.get("width", self.default_size)
+                sides = range(1, image_io.MAX_PIXELS + 1)
+                height = side_value(item, "height", self.default_size, sides)
+                width = side_value(item, "width", self.default_size, sides)
+                channels = side_value(item, "channels", 3, (1, 3, 4))
                 height, width = size or (height, width)
+                if height * width > image_io.MAX_PIXELS:
+                    raise ValueError(f"expected at most {image_io.MAX_PIXELS} px, got {height} x {width}; pass size=")
                 pixels = self.decode_pixels(item.codes.to(self.device), *self.working_size(height, width))
                 pixels = self._resize(pixels.float().clamp(0, 1), (height, width))[0]
-                out.append(image_io.from_rgb(pixels, side.get("channels", 3)).cpu())
+                out.append(image_io.from_rgb(pixels, channels).cpu())
         return stack(out) if out else torch.zeros(0, 3, self.default_size, self.default_size)
 
 
@@ -341,8 +362,8 @@ class AudioTokenizer(Tokenizer):
         with evaluation(self):
             for i in range(len(tokens)):
                 item = tokens[i].to(self.device)
-                side = {k: int(v[0]) for k, v in item.side.items() if v.ndim == 1}
-                C, rate = side.get("channels", 1), side.get("sample_rate", self.sample_rate)
+                C = side_value(item, "channels", 1, range(1, audio_io.MAX_CHANNELS + 1))
+                rate = side_value(item, "sample_rate", self.sample_rate, audio_io.SAMPLE_RATES)
                 T = item.codes.shape[2] // C  # whole frames of all channels
                 rows = item.codes[0, :, : T * C].unflatten(1, (T, C)).permute(2, 0, 1)  # (C, Q, T)
                 if T:
@@ -351,7 +372,7 @@ class AudioTokenizer(Tokenizer):
                     sound = torch.zeros(C, 0, device=rows.device)
                 sound = audio_io.resample(sound, self.sample_rate, rate) if T else sound
                 whole = sound.shape[-1]
-                wanted = side.get("num_samples", whole)
+                wanted = side_value(item, "num_samples", whole, range(2**63))
                 # A prefix of the tokens describes the beginning; anything else must give the exact length.
                 cut = T * self.hop_length < self._model_samples(wanted, rate)
                 out.append(audio_io.fit_length(sound, min(wanted, whole) if cut else wanted).cpu())
@@ -366,12 +387,12 @@ class evaluation:  # noqa: N801 - reads as a phrase: `with evaluation(model):`
     """Evaluation mode inside the block, the former mode after it: encode and decode never depend on train()."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.was = module, module.training
+        self.modules = [m for m in module.modules() if m.training]  # a part may be frozen in another mode
 
     def __enter__(self) -> None:
-        if self.was:
-            self.module.eval()
+        for m in self.modules:
+            m.training = False
 
     def __exit__(self, *exc: object) -> None:
-        if self.was:
-            self.module.train()
+        for m in self.modules:
+            m.training = True

@@ -1,10 +1,11 @@
-"""`TokenSpec` says what the codes of a tokenizer mean; `Tokens` holds the codes of a batch and all that decode needs."""
+"""`TokenSpec` says what a tokenizer's codes mean; `Tokens` holds the codes of a batch and all that decode needs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,9 @@ class TokenSpec:
         return None if self.frame_rate is None else self.bits_per_position * self.frame_rate
 
     def keep(self, num_codebooks: int) -> TokenSpec:
-        """The spec of the first ``num_codebooks`` levels, under the same fingerprint: the same tokenizer decodes them."""
+        """The spec of the first ``num_codebooks`` levels; the fingerprint stays: the same tokenizer decodes them."""
+        if not 1 <= num_codebooks <= self.num_codebooks:
+            raise TokensError(f"num_codebooks: expected 1..{self.num_codebooks}, got {num_codebooks}")
         return dataclasses.replace(
             self, codebook_sizes=self.codebook_sizes[:num_codebooks], level_strides=self.level_strides[:num_codebooks]
         )
@@ -111,10 +114,11 @@ class Tokens:
         if self.codes.ndim != 3 or self.codes.dtype != torch.int64:
             raise TokensError(f"codes: expected int64 (B, Q, T), got {self.codes.dtype} {tuple(self.codes.shape)}")
         B, Q, T = self.codes.shape
-        if Q != self.spec.num_codebooks:
+        if self.spec.num_codebooks != Q:
             raise TokensError(f"codes: expected Q = {self.spec.num_codebooks} levels of {self.spec.name!r}, got {Q}")
-        if self.lengths.shape != (B,):
-            raise TokensError(f"lengths: expected shape ({B},), got {tuple(self.lengths.shape)}")
+        if self.lengths.shape != (B,) or self.lengths.dtype != torch.int64:
+            found = f"{self.lengths.dtype} {tuple(self.lengths.shape)}"
+            raise TokensError(f"lengths: expected int64 of shape ({B},), got {found}")
         if B and (int(self.lengths.min()) < 0 or int(self.lengths.max()) > T):
             raise TokensError(f"lengths: expected 0..{T}, got {int(self.lengths.min())}..{int(self.lengths.max())}")
         for key, value in self.side.items():
@@ -131,7 +135,8 @@ class Tokens:
 
     def __getitem__(self, i: int | slice) -> Tokens:
         """Item ``i`` (or a slice of items) as a batch, trimmed to its longest valid length."""
-        if isinstance(i, int):
+        if not isinstance(i, slice):
+            i = operator.index(i)
             if not -len(self) <= i < len(self):
                 raise IndexError(f"item {i} of a batch of {len(self)}")
             i = slice(i % len(self), i % len(self) + 1)
@@ -146,7 +151,7 @@ class Tokens:
         t = T if num_tokens is None else num_tokens
         if not 1 <= q <= Q:
             raise TokensError(f"num_codebooks: expected 1..{Q}, got {q}")
-        if t < 1:
+        if num_tokens is not None and t < 1:
             raise TokensError(f"num_tokens: expected at least 1, got {t}")
         return Tokens(self.codes[:, :q, :t], self.lengths.clamp(max=t), self.spec.keep(q), dict(self.side))
 
@@ -172,6 +177,8 @@ class Tokens:
             )
         if mine.codebook_sizes != spec.codebook_sizes[: mine.num_codebooks]:
             raise TokensError(f"codebook sizes: expected a prefix of {spec.codebook_sizes}, got {mine.codebook_sizes}")
+        if mine.level_strides != spec.level_strides[: mine.num_codebooks]:
+            raise TokensError(f"level strides: expected a prefix of {spec.level_strides}, got {mine.level_strides}")
         check_range(self.codes, mine.codebook_sizes, self.mask)
 
     @staticmethod
@@ -190,16 +197,17 @@ class Tokens:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, codes in the smallest unsigned integer; written aside, then renamed."""
-        from safetensors.numpy import save
+        from safetensors.torch import save
 
         check_range(self.codes, self.spec.codebook_sizes, self.mask)
         dtype = smallest_uint(max(self.spec.codebook_sizes) - 1)
         codes = torch.where(self.mask[:, None], self.codes, 0).cpu().numpy().astype(dtype)
-        arrays = {"codes": codes, "lengths": self.lengths.cpu().numpy()}
-        for key, value in self.side.items():
-            arrays[f"side.{key}"] = value.detach().cpu().contiguous().numpy()
-        arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-        write_atomic(path, save(arrays, metadata={"format": FORMAT, "spec": json.dumps(self.spec.to_dict())}))
+        tensors = {"codes": torch.from_numpy(codes), "lengths": self.lengths}
+        tensors |= {f"side.{key}": value for key, value in self.side.items()}
+        # clone: slices of one batch share memory, which safetensors refuses
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        about = json.dumps({"format": FORMAT, "spec": self.spec.to_dict()})
+        write_atomic(path, save(tensors, metadata={"mmtok": about}))  # one entry: safetensors shuffles several
 
     @classmethod
     def load(cls, path: str | Path) -> Tokens:
@@ -209,22 +217,28 @@ class Tokens:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no token file at {path}; `mmtok encode INPUT -o FILE.safetensors` writes one")
         try:
-            with safe_open(str(path), framework="np") as f:
-                meta = f.metadata() or {}
-                arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - safe_open is no mapping
-        except SafetensorError as e:
+            with safe_open(str(path), framework="pt") as f:
+                about = (f.metadata() or {}).get("mmtok", "null")
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - safe_open is no mapping
+        except (SafetensorError, OSError) as e:
             raise TokensError(f"{path} is not a readable safetensors file ({e}); encode the input again") from e
-        if meta.get("format") != FORMAT:
-            raise TokensError(f"{path}: expected a token file of format {FORMAT!r}, got {meta.get('format')!r}")
         try:
-            spec = TokenSpec.from_dict(json.loads(meta["spec"]))
-            codes = torch.from_numpy(arrays.pop("codes").astype(np.int64))
-            lengths = torch.from_numpy(arrays.pop("lengths"))
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
-            raise TokensError(f"{path}: damaged token file ({e!r}); encode the input again") from e
-        side = {k.removeprefix("side."): torch.from_numpy(v) for k, v in arrays.items()}
-        tokens = cls(codes, lengths, spec, side)
-        check_range(codes, spec.codebook_sizes, tokens.mask)
+            meta = json.loads(about)
+            if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+                found = meta.get("format") if isinstance(meta, dict) else meta
+                raise TokensError(f"expected a token file of format {FORMAT!r}, got {found!r}")
+            spec = TokenSpec.from_dict(meta["spec"])
+            codes, lengths = tensors.pop("codes"), tensors.pop("lengths")
+            if str(codes.dtype).removeprefix("torch.") not in ("uint8", "uint16", "uint32", "uint64"):
+                raise TokensError(f"codes: expected unsigned integers, got {codes.dtype}")
+            if foreign := [k for k in tensors if not k.startswith("side.")]:
+                raise TokensError(f"unknown tensors {foreign}")
+            side = {k.removeprefix("side."): v for k, v in tensors.items()}
+            tokens = cls(codes.to(torch.int64), lengths, spec, side)
+            check_range(tokens.codes, spec.codebook_sizes, tokens.mask)
+        except (KeyError, TypeError, ValueError) as e:
+            reason = str(e) if isinstance(e, TokensError) else repr(e)
+            raise TokensError(f"{path}: damaged token file ({reason}); encode the input again") from e
         return tokens
 
 
@@ -238,6 +252,19 @@ def check_range(codes: Tensor, codebook_sizes: Sequence[int], mask: Tensor) -> N
             f"code out of range at item {b}, level {q}, position {t}: expected 0..{codebook_sizes[q] - 1}, "
             f"got {int(codes[b, q, t])} ({int(bad.sum())} such codes)"
         )
+
+
+def side_value(tokens: Tokens, key: str, default: int, legal: range | tuple[int, ...]) -> int:
+    """Side entry ``key`` of the only item, checked: a language model may have written anything there."""
+    if key not in tokens.side:
+        return default
+    entry = tokens.side[key]
+    value = entry.item() if entry.shape == (1,) else None
+    if not isinstance(value, int) or value not in legal:
+        words = f"{legal[0]}..{legal[-1]}" if isinstance(legal, range) else f"one of {legal}"
+        found = f"shape {tuple(entry.shape)}" if value is None else value
+        raise TokensError(f"side[{key!r}]: expected an integer in {words} for each item, got {found}")
+    return value
 
 
 def smallest_uint(largest: int) -> type[np.unsignedinteger]:

@@ -22,7 +22,7 @@ from mmtok.metrics import METRICS
 from mmtok.training import AudioObjective, TrainConfig, train
 from mmtok.training.objective import Adversary
 
-SMALL = {"encoder_width": 16, "decoder_width": 384, "latent_dim": 128, "quantizer_dropout": 0.25}
+SMALL = {"encoder_width": 16, "decoder_width": 256, "latent_dim": 128, "quantizer_dropout": 0.25}
 TINY = {"encoder_width": 4, "decoder_width": 32, "latent_dim": 16, "num_codebooks": 2, "codebook_size": 16}
 ASSETS = Path(__file__).resolve().parents[1] / "mmtok" / "assets"
 
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder with speech.jsonl, or any folder of audio")
     parser.add_argument("--out", default="runs/audio_codec", help="folder of log, state and weights")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=16, help="clips of one second a step on one process")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=int, default=8, help="clips of one second a step on one process")
+    parser.add_argument("--lr", type=float, default=6e-4, help="peak learning rate")
     parser.add_argument("--causal", action="store_true", help="no look-ahead, for streaming")
     parser.add_argument("--gan-start", type=int, default=None, help="step from which discriminators take part")
     parser.add_argument("--compile", action="store_true", help="torch.compile the convolution stacks")
@@ -72,7 +72,8 @@ def main() -> None:
         steps=min(args.steps, 3) if args.smoke else args.steps,
         lr=args.lr,
         seed=args.seed,
-        warmup=2 if args.smoke else 200,
+        warmup=2 if args.smoke else 300,
+        codebook_batches=2 if args.smoke else 40,
         resume=args.resume,
     )
 

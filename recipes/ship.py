@@ -118,13 +118,15 @@ def write_golden(folder: Path) -> None:
     if tokenizer.modality == "image":
         x = (read_image(ROOT / "mmtok/assets/chelsea.jpg")[:, 40:136, 120:248] * 255).round().to(torch.uint8)
         tokens = tokenizer.encode(x)
+        extra = {}
     else:
         samples, rate = read_audio(ROOT / "mmtok/assets/speech.flac")
         x = (samples[:, rate : rate + 12345] * 32767).round().to(torch.int16)
         tokens = tokenizer.encode(x, sample_rate=rate)
+        extra = {"sample_rate": torch.tensor([rate])}
     decoded = tokenizer.decode(tokens)
     assert isinstance(decoded, torch.Tensor)
-    golden = {"x": x, "codes": tokens.codes.to(torch.int32), "x_hat": decoded.half()}
+    golden = {"x": x, "codes": tokens.codes.to(torch.int32), "x_hat": decoded.half(), **extra}
     write_atomic(folder / "golden.safetensors", save({k: v.contiguous() for k, v in golden.items()}))
 
 
@@ -149,8 +151,8 @@ def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any
 
 * Codes: {facts['num_codebooks']} levels of {facts['codebook_sizes'][0]}, \
 {facts.get('num_tokens') or facts.get('frame_rate')} {'positions an image' if modality == 'image' else 'positions a second'}.
-* Fingerprint {facts['fingerprint']}; {facts['checkpoint_bytes'] / 1e6:.1f} MB of float16 weights (averaged, decay {run['ema']}).
-* Trained by `{run['command']}` (seed {run['seed']}, {run['steps']} steps, commit {run['commit']}) on {run['hardware']},
+* Fingerprint {facts['fingerprint']}; {facts['checkpoint_bytes'] / 1e6:.1f} MB of float16 weights (moving average of the run).
+* Trained by `{run['command']}` ({run['steps']} steps, commit {run['commit']}) on {run['hardware']},
   {run['hours']:.1f} h of wall time beside other work.
 
 ## Scores
@@ -176,17 +178,17 @@ Test packages were never trained on. Weights were learnt from files under these 
     write_atomic(folder / "README.md", text.encode())
 
 
-def run_facts(run: Path, command: str) -> dict[str, Any]:
+def run_facts(run: Path, command: str, hours: float) -> dict[str, Any]:
+    """Where the weights come from: steps of the log, this commit, this processor."""
     rows = [json.loads(line) for line in (run.parent / "log.jsonl").read_text().splitlines()]
-    state = json.loads((run.parent / "run.json").read_text())
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
     return {
         "command": command,
         "steps": rows[-1]["step"],
         "commit": head.stdout.strip(),
-        "hardware": f"one core of an {cpu or platform.processor()} (AMX bf16), no GPU",
-        **state,
+        "hardware": f"one core of an {cpu or platform.processor()} with AMX, no GPU",
+        "hours": hours,
     }
 
 
@@ -207,6 +209,7 @@ def main() -> None:
     parser.add_argument("--name", choices=sorted(NOTES), help="name under checkpoints/")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that fetch_data.py made")
     parser.add_argument("--command", default="", help="the training command, for the card")
+    parser.add_argument("--hours", type=float, default=0.0, help="wall time of the training, for the card")
     parser.add_argument("--tables", action="store_true", help="only rewrite the README tables from recipes/results")
     parser.add_argument("--smoke", action="store_true", help="only check that the stored scores make tables")
     args = parser.parse_args()
@@ -228,7 +231,7 @@ def main() -> None:
     result = score(args.name, args.data)
     RESULTS.mkdir(exist_ok=True)
     write_atomic(RESULTS / f"{args.name}.json", (json.dumps(result, indent=1) + "\n").encode())
-    write_card(args.name, result, args.data, run_facts(args.run, args.command))
+    write_card(args.name, result, args.data, run_facts(args.run, args.command, args.hours))
     rewrite_readme()
     print((folder / "README.md").read_text())
 

@@ -73,7 +73,7 @@ class AudioCodec(AudioTokenizer):
         blocks = (tuple(dilations), kernel_size, causal)
         self.encoder = Encoder(1, encoder_width, strides, latent_dim, *blocks)
         self.quantizer = ResidualVectorQuantizer(
-            latent_dim, num_codebooks, codebook_size, codebook_dim=codebook_dim, quantizer_dropout=quantizer_dropout
+            latent_dim, num_codebooks, codebook_size, codebook_dim=codebook_dim, quantizer_dropout=quantizer_dropout, commitment_weight=1.0
         )
         self.decoder = Decoder(1, decoder_width, tuple(strides)[::-1], latent_dim, *blocks)
         self.margin = receptive_frames(strides, dilations, kernel_size)

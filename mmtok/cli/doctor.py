@@ -273,8 +273,8 @@ def checkpoints() -> list[Finding]:
 def golden(tokenizer: Tokenizer, path: Path) -> tuple[str, str]:
     """Level and detail: does the checkpoint give on this machine the codes that it gave where it was made?
 
-    The file holds ``x``, one input, (1, C, H, W) or (1, C, L) with ``sample_rate`` (1,) in Hz, and its ``codes``
-    (1, Q, T).
+    The file holds ``x``, one input (C, H, W) or (C, L) as `encode` takes it, and its ``codes`` (1, Q, T); sound is at
+    ``sample_rate`` (1,) in Hz, or at the tokenizer's own where that entry is missing.
     """
     from safetensors.torch import load_file
 
@@ -284,7 +284,7 @@ def golden(tokenizer: Tokenizer, path: Path) -> tuple[str, str]:
     arrays = load_file(path)
     if missing := {"x", "codes"} - arrays.keys():
         return "broken", f"{path.name} lacks {', '.join(sorted(missing))}"
-    rate = int(arrays["sample_rate"]) if "sample_rate" in arrays else None
+    rate = int(arrays["sample_rate"]) if "sample_rate" in arrays else getattr(tokenizer, "sample_rate", None)
     expected, found = arrays["codes"].long(), tokenizer.encode(arrays["x"], sample_rate=rate).codes
     if found.shape != expected.shape:
         return "broken", f"expected golden codes of shape {tuple(expected.shape)}, got {tuple(found.shape)}"

@@ -1,12 +1,12 @@
 """1-D binary latents for images: the autoencoder of Instella-T2I (arXiv 2506.21022), written from its description.
 
-A few learnt latents are prepended to the image tokens and attend to them jointly; each latent becomes ``num_bits`` bits.
-The decoder reads the latents beside mask tokens of any grid, so one code decodes at any H x W.
+A few learnt latents are prepended to the image tokens and attend to them jointly; each latent becomes ``num_bits``
+bits. The decoder reads the latents beside mask tokens of any grid, so one code decodes at any H x W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmtok.layers.resize import RESIZE, grid_positions
+from mmtok.layers.resize import RESIZE, grid_positions, grid_sines
 from mmtok.layers.transformer import Block, RMSNorm, rope_tables
 from mmtok.quantizers.binary import BinaryQuantizer
 from mmtok.tokenizer import ImageTokenizer, Reconstruction
@@ -32,6 +32,7 @@ PUBLISHED = {  # the sizes of the released Instella-T2I autoencoder, about 428 M
     "rope": "mixed",
     "span": 64,
     "resize": "dc",
+    "image_size": 1024,
 }
 
 
@@ -80,7 +81,7 @@ class Binary1D(ImageTokenizer):
 
     Args:
         num_tokens: latents, T of the codes.
-        num_bits: bits of each latent; the codes pack them into num_bits / bits_per_code levels.
+        num_bits: bits of each latent; the codes pack them, 8 to a level unless ``quantizer`` says otherwise.
         patch_size: pixels of an image token; the grid is halved once inside, so sizes are padded (edge pixels
             repeated) to multiples of 2 * patch_size and cut again.
         encoder, decoder: (width, depth, blocks before the grid is halved or doubled); 0 and depth change it
@@ -90,9 +91,10 @@ class Binary1D(ImageTokenizer):
         rope: ``rotary``, or ``mixed`` as the released weights need it (see `layers.transformer.rope_tables`).
         span: positions are rescaled to 0 .. span - 1 at the finest grid, whatever the image's size.
         resize: ``dc`` (convolution and shortcut, the released code) or ``linear`` (2 x 2 merging, the paper's text).
-        bits_per_code: bits of one integer code.
+        absolute_positions: add fixed 2-D sines to image and mask tokens. The original has rotary positions only, so at
+            the start all mask tokens are alike but for whom they attend to, and a short run stays at the mean colour.
         image_size: longer side above which pictures are reduced before encoding.
-        entropy_weight: of the optional entropy term of the quantizer; 0 as in the original.
+        quantizer: further arguments of `BinaryQuantizer` (kind, bits_per_code, temperature, weights of its losses).
     """
 
     type_name = "binary1d"
@@ -110,9 +112,9 @@ class Binary1D(ImageTokenizer):
         rope: str = "rotary",
         span: int = 64,
         resize: str = "linear",
-        bits_per_code: int = 8,
+        absolute_positions: bool = False,
         image_size: int = 256,
-        entropy_weight: float = 0.0,
+        quantizer: Mapping[str, Any] | None = None,
     ):
         config: dict[str, Any] = {
             "num_tokens": num_tokens,
@@ -126,9 +128,9 @@ class Binary1D(ImageTokenizer):
             "rope": rope,
             "span": span,
             "resize": resize,
-            "bits_per_code": bits_per_code,
+            "absolute_positions": absolute_positions,
             "image_size": image_size,
-            "entropy_weight": entropy_weight,
+            "quantizer": dict(quantizer or {}),
         }
         super().__init__(config)
         if sum(axes_dims) != head_dim or any(d % 2 for d in axes_dims):
@@ -136,6 +138,7 @@ class Binary1D(ImageTokenizer):
         if resize not in RESIZE:
             raise ValueError(f"resize: expected one of {sorted(RESIZE)}, got {resize!r}")
         self.num_tokens, self.patch_size, self.span, self.max_size = num_tokens, patch_size, span, image_size
+        self.absolute_positions = absolute_positions
         down, up = RESIZE[resize]
         enc_dim, dec_dim = encoder[0], decoder[0]
         shared = (head_dim, mlp_ratio, axes_dims, rope)
@@ -144,9 +147,7 @@ class Binary1D(ImageTokenizer):
         self.encoder = Stack(encoder, *shared, resize=down(enc_dim), factor=0.5)
         self.encoder_norm = RMSNorm(enc_dim)
         self.encoder_out = nn.Linear(enc_dim, enc_dim)
-        self.quantizer = BinaryQuantizer(
-            enc_dim, num_bits, kind="bernoulli", bits_per_code=bits_per_code, entropy_weight=entropy_weight
-        )
+        self.quantizer = BinaryQuantizer(enc_dim, num_bits, **config["quantizer"])
         self.decoder_in = nn.Sequential(RMSNorm(enc_dim), nn.Linear(enc_dim, dec_dim))
         self.mask_token = nn.Parameter(torch.randn(dec_dim) * 0.02)
         self.decoder = Stack(decoder, *shared, resize=up(dec_dim), factor=2)
@@ -160,8 +161,11 @@ class Binary1D(ImageTokenizer):
         """(B, 3, H, W) in [0, 1], H and W multiples of 2 * patch_size -> z (B, num_tokens, D)."""
         tokens = self.patch(x * 2 - 1)  # (B, D, h, w)
         h, w = tokens.shape[-2:]
-        latents = self.latents.expand(len(x), -1, -1).to(tokens.dtype)
-        z, _ = self.encoder(latents, rearrange(tokens, "b d h w -> b (h w) d"), h, w, self.span)
+        image = rearrange(tokens, "b d h w -> b (h w) d")
+        if self.absolute_positions:
+            image = image + grid_sines(h, w, self.span, image.shape[-1], image.device).to(image.dtype)
+        latents = self.latents.expand(len(x), -1, -1).to(image.dtype)
+        z, _ = self.encoder(latents, image, h, w, self.span)
         return self.encoder_out(self.encoder_norm(z))
 
     def pixels(self, z_q: Tensor, height: int, width: int) -> Tensor:
@@ -169,6 +173,8 @@ class Binary1D(ImageTokenizer):
         h, w = height // (2 * self.patch_size), width // (2 * self.patch_size)
         latents = self.decoder_in(z_q)
         masks = self.mask_token.to(latents.dtype).expand(len(z_q), h * w, -1)
+        if self.absolute_positions:
+            masks = masks + grid_sines(h, w, self.span, masks.shape[-1], masks.device).to(masks.dtype)
         _, image = self.decoder(latents, masks, h, w, self.span / 2)
         patches = self.to_pixel(self.decoder_norm(image))
         x = rearrange(
@@ -192,5 +198,7 @@ class Binary1D(ImageTokenizer):
 
     def decode_pixels(self, codes: Tensor, height: int, width: int) -> Tensor:
         unit = 2 * self.patch_size
-        padded = self.pixels(self.quantizer.decode(codes), -(-height // unit) * unit, -(-width // unit) * unit)
+        z_q = self.quantizer.decode(codes)
+        z_q = F.pad(z_q, (0, 0, 0, self.num_tokens - z_q.shape[1]))  # tokens cut off are 0, as those that forward masks
+        padded = self.pixels(z_q, -(-height // unit) * unit, -(-width // unit) * unit)
         return padded[..., :height, :width]

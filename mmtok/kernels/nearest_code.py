@@ -96,13 +96,13 @@ class Scorer:
         # A captured graph does not see the setting change later, so it always takes the way that no setting touches.
         self.split = torch.compiler.is_compiling() or reduced_precision(c.device.type)
         if self.split:
-            c = torch.cat([_thirds(c)[i] for i in _CODE_PARTS], 1)
+            c = _join_thirds(c, _CODE_PARTS)
         self.codebook = c.T.contiguous()  # (D + 1 or 6 (D + 1), K)
 
     def _shift(self, x: Tensor) -> Tensor:
         x = x.float()
         x = F.pad((unit(x) if self.cosine else x) - self.centre, (0, 1), value=1.0)  # (N, D + 1)
-        return torch.cat([_thirds(x)[i] for i in _ROW_PARTS], 1) if self.split else x
+        return _join_thirds(x, _ROW_PARTS) if self.split else x
 
     def buffer(self, num_rows: int) -> Tensor:
         """Room for the scores of one block of rows, to be used again for every block."""
@@ -146,11 +146,12 @@ def reduced_precision(device_type: str) -> bool:
     return False
 
 
-def _thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x = high + middle + low with 8 bits of mantissa each, so that their products are exact in any mode."""
+def _join_thirds(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """x (n, D) = high + middle + low of 8 bits each, whose products are exact in any mode; set side by side."""
     high = x.bfloat16().float()
     middle = (x - high).bfloat16().float()
-    return high, middle, (x - high - middle).bfloat16().float()
+    thirds = (high, middle, (x - high - middle).bfloat16().float())
+    return torch.cat([thirds[i] for i in order], 1)
 
 
 def check_operands(z: Tensor, codebook: Tensor, metric: str) -> None:

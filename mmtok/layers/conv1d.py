@@ -35,7 +35,8 @@ class Conv1d(nn.Module):
     """Convolution with output length L / stride, for L a multiple of ``stride``.
 
     Zero padding of ``dilation * (kernel_size - 1) - (stride - 1)`` samples in all: on the left when ``causal``, else
-    split, the larger half on the left (this equals DAC's padding for every kernel of 2 * stride).
+    split, the larger half on the left (this equals DAC's padding for every kernel of 2 * stride). ``gain`` scales the
+    initial weights.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Conv1d(nn.Module):
         causal: bool = False,
         weight_norm: bool = True,
         bias: bool = True,
+        gain: float = 1.0,
     ):
         super().__init__()
         conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, bias=bias)
-        nn.init.trunc_normal_(conv.weight, std=0.02)
+        # 1 / sqrt(fan-in), not DAC's fixed 0.02: in narrow stacks that lets the latent die out, and its codes with it.
+        nn.init.trunc_normal_(conv.weight, std=gain * (in_channels * kernel_size) ** -0.5)
         if bias:
             nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]
         self.conv = add_weight_norm(conv) if weight_norm else conv
@@ -63,7 +66,19 @@ class Conv1d(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         if self.kernel_size > 1:
             x = F.pad(zero_past(x, lengths), (self.left, self.right))
+        if self.stride > 1 and self.kernel_size == 2 * self.stride:
+            return self._strided(x)
         return self.conv(x)  # (B, C', L / stride)
+
+    def _strided(self, x: Tensor) -> Tensor:
+        """The same sum as a plain convolution of two taps over groups of ``stride`` samples.
+
+        torch's strided convolution in bf16 on CPU gives wrong values for some shapes (recipes/LOG.md, 2026-11-21).
+        """
+        out, C, _ = self.conv.weight.shape
+        taps = self.conv.weight.view(out, C, 2, self.stride).transpose(2, 3).reshape(out, C * self.stride, 2)
+        groups = x.unflatten(2, (-1, self.stride)).transpose(2, 3).flatten(1, 2)  # (B, C * stride, L / stride + 1)
+        return F.conv1d(groups, taps, self.conv.bias)
 
 
 class ConvTranspose1d(nn.Module):
@@ -77,12 +92,19 @@ class ConvTranspose1d(nn.Module):
     ):
         super().__init__()
         conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride=stride)
-        nn.init.trunc_normal_(conv.weight, std=0.02)
+        nn.init.trunc_normal_(conv.weight, std=(2 * in_channels) ** -0.5)  # two taps reach each output sample
         nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]
         self.conv = add_weight_norm(conv, dim=1) if weight_norm else conv
         self.cut = 0 if causal else (stride + 1) // 2
         self.stride = stride
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        y = self.conv(zero_past(x, lengths))
-        return y[..., self.cut : self.cut + x.shape[-1] * self.stride]  # (B, C', L * stride)
+        # Written as a plain convolution of two taps with ``stride`` outputs a position, which is the same sum: the
+        # gradient of torch's transposed convolution in bf16 on CPU is wrong for some shapes (recipes/LOG.md, 2026-11-21).
+        weight = self.conv.weight  # (C, C', 2 * stride): the present position's taps, then the one before's
+        C, out = weight.shape[:2]
+        taps = weight.view(C, out, 2, self.stride).flip(2).permute(1, 3, 0, 2).reshape(out * self.stride, C, 2)
+        y = F.conv1d(F.pad(zero_past(x, lengths), (1, 1)), taps)  # (B, C' * stride, L + 1)
+        y = y.unflatten(1, (out, self.stride)).transpose(2, 3).flatten(2)  # (B, C', (L + 1) * stride)
+        y = y[..., self.cut : self.cut + x.shape[-1] * self.stride]
+        return y + self.conv.bias[:, None].to(y.dtype)  # pyright: ignore[reportOptionalSubscript]

@@ -70,3 +70,11 @@ def grid_positions(height: int, width: int, span: float, device: torch.device | 
     rows = torch.linspace(0, span - 1, height, device=device) if height > 1 else torch.zeros(1, device=device)
     cols = torch.linspace(0, span - 1, width, device=device) if width > 1 else torch.zeros(1, device=device)
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2)
+
+
+def grid_sines(height: int, width: int, span: float, dim: int, device: torch.device | None = None) -> Tensor:
+    """(H * W, D) fixed sines and cosines of the rescaled row and column, D / 4 speeds each, periods 6 to 6 * span."""
+    positions = grid_positions(height, width, span, device)  # (H W, 2)
+    speeds = span ** -torch.linspace(0, 1, dim // 4, device=device)
+    angles = (positions[:, :, None] * speeds).flatten(1)  # (H W, D / 2)
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim - 4 * (dim // 4)))

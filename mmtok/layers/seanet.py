@@ -21,7 +21,8 @@ class ResidualUnit(nn.Module):
         self.snake1 = Snake(channels)
         self.conv1 = Conv1d(channels, channels, kernel_size, dilation=dilation, causal=causal, weight_norm=weight_norm)
         self.snake2 = Snake(channels)
-        self.conv2 = Conv1d(channels, channels, 1, causal=causal, weight_norm=weight_norm)
+        # A quiet branch at the start: otherwise every unit doubles the variance, a thousandfold over a decoder.
+        self.conv2 = Conv1d(channels, channels, 1, causal=causal, weight_norm=weight_norm, gain=0.1)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         return x + self.conv2(self.snake2(self.conv1(self.snake1(x), lengths)))
@@ -104,7 +105,7 @@ class Decoder(nn.Module):
             block.units = nn.ModuleList(ResidualUnit(width, d, kernel_size, causal, weight_norm) for d in dilations)
             self.blocks.append(block)
         self.snake = Snake(width)
-        self.last = Conv1d(width, channels, kernel_size, causal=causal, weight_norm=weight_norm)
+        self.last = Conv1d(width, channels, kernel_size, causal=causal, weight_norm=weight_norm, gain=0.1)
 
     def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
         x = self.first(z, lengths)

@@ -23,6 +23,8 @@ class TrainConfig:
         bf16: autocast the networks to bfloat16 (quantizers stay fp32).
         seed: of weights, batches and sampling.
         save_every, validate_every, log_every: in steps.
+        codebook_batches: batches from which codebooks take their k-means start, before the first step; 0 = the first
+            batch alone. With fewer vectors than codes the first level takes them all and leaves the others nothing.
         resume: continue from ``out`` when a state is there.
     """
 
@@ -42,14 +44,22 @@ class TrainConfig:
     save_every: int = 250
     validate_every: int = 500
     log_every: int = 10
+    codebook_batches: int = 0
     resume: bool = True
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
         if self.steps < 1 or self.accumulate < 1:
             raise ValueError(f"steps and accumulate: expected at least 1, got {self.steps} and {self.accumulate}")
+        every = (self.save_every, self.validate_every, self.log_every)
+        if min(every) < 1:
+            raise ValueError(f"save_every, validate_every, log_every: expected at least 1 step, got {every}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 <= ema < 1, got {self.ema}")
+
+    def peak_lr(self, network: str) -> float:
+        """Peak learning rate of ``tokenizer`` or ``discriminator``."""
+        return self.lr if network == "tokenizer" or self.discriminator_lr is None else self.discriminator_lr
 
     def lr_share(self, step: int) -> float:
         """Share of the peak learning rate at ``step`` (0-based): linear warm-up, then a half cosine."""

@@ -27,8 +27,13 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """The averages in place of the weights inside the block."""
-        kept: dict[str, Tensor] = {k: p.detach().clone() for k, p in module.named_parameters()}
+        """The averages in place of the weights inside the block.
+
+        Whatever the block does to weights and buffers is undone: saving in fp16 rounds a model in place, which must
+        not reach codebooks that are still learning.
+        """
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        kept: dict[str, Tensor] = {k: t.detach().clone() for k, t in tensors}
         with torch.no_grad():
             for k, p in module.named_parameters():
                 p.copy_(self.average[k])
@@ -36,5 +41,5 @@ class WeightAverage:
             yield
         finally:
             with torch.no_grad():
-                for k, p in module.named_parameters():
-                    p.copy_(kept[k])
+                for k, t in tensors:
+                    t.copy_(kept[k])

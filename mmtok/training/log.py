@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from mmtok.tokens import write_atomic
 
 
 class RunLog:
@@ -18,23 +20,23 @@ class RunLog:
         self.path, self.active = folder / "log.jsonl", active
         self.bar = tqdm(total=steps, initial=start, disable=not active, unit="step", mininterval=2, dynamic_ncols=True)
         self.since, self.items = time.monotonic(), 0
-        if active and start:
+        if active:
             self._drop_after(start)
 
     def _drop_after(self, step: int) -> None:
         """Rows of steps that a kill undid are taken out, so that a resumed log reads like an undisturbed one."""
         if self.path.is_file():
-            rows = [r for r in self.path.read_text().splitlines() if json.loads(r)["step"] <= step]
-            self.path.write_text("".join(r + "\n" for r in rows))
+            rows = [r for r in self.path.read_text().splitlines() if _step_of(r) <= step]
+            write_atomic(self.path, "".join(r + "\n" for r in rows).encode())
 
-    def write(self, step: int, values: dict[str, Tensor | float], kind: str = "train") -> None:
+    def write(self, step: int, values: Mapping[str, Tensor | float], kind: str = "train") -> None:
         """One row: scalars as numbers, per-level statistics as lists; training rows carry items a second."""
         if not self.active:
             return
         row: dict = {"step": step, "kind": kind}
         for key, value in values.items():
-            value = value.detach().float().cpu().tolist() if isinstance(value, torch.Tensor) else value
-            row[key] = [round(v, 5) for v in value] if isinstance(value, list) else round(float(value), 6)
+            plain = value if isinstance(value, int | float) else value.detach().float().cpu().tolist()
+            row[key] = [_short(v) for v in plain] if isinstance(plain, list) else _short(plain)
         if kind == "train":
             now = time.monotonic()
             row["items_per_second"] = round(self.items / max(1e-9, now - self.since), 3)
@@ -48,3 +50,16 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _step_of(row: str) -> float:
+    """The step of a row; infinity for one that a kill tore in the middle."""
+    try:
+        return json.loads(row)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
+
+
+def _short(value: float) -> float:
+    """Six significant digits: a small loss or learning rate must not become 0."""
+    return float(f"{float(value):.6g}")

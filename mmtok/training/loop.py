@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,13 +34,16 @@ def train(
 
     Each step: one forward; the generator's loss with the discriminator frozen; the discriminator's loss on the same
     reconstruction, detached; both optimizers; the average. Gradients of ``accumulate`` batches are averaged first, for
-    both networks. Sampling is seeded by (seed, step, rank), so 6 steps == 3 + resume + 3, bitwise on CPU.
+    both networks (codebooks that learn by averages move at every batch). Sampling is seeded by (seed, step, rank), so
+    6 steps == 3 + resume + 3, bitwise on CPU. A step whose gradient is not finite changes no weights of that network
+    and always has its row in the log, as ``tokenizer_skipped`` or ``discriminator_skipped``.
 
     Processes of ``accelerate launch`` average their gradients by one explicit all-reduce instead of a DDP wrapper:
     quantizer dropout leaves parameters unused and the discriminator runs several times a step, which DDP handles badly.
-    Codebooks that learn by averages synchronise themselves (see `mmtok.quantizers.sync`).
+    Codebooks that learn by averages synchronise themselves (see `mmtok.quantizers.sync`). The log is the first
+    process's: its loss terms and statistics are those of its own batches.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
+    accelerator = start_accelerator()
     device, rank = accelerator.device, accelerator.process_index
     config.out.mkdir(parents=True, exist_ok=True)
     tokenizer.to(device)
@@ -46,9 +51,9 @@ def train(
     optimizers = {"tokenizer": adamw(tokenizer, config.lr, config)}
     if objective.discriminator is not None:
         modules["discriminator"] = objective.discriminator.to(device)
-        optimizers["discriminator"] = adamw(objective.discriminator, config.discriminator_lr or config.lr, config)
+        optimizers["discriminator"] = adamw(objective.discriminator, config.peak_lr("discriminator"), config)
     for module in objective.frozen_modules():
-        module.to(device)
+        module.to(device).eval().requires_grad_(False)
     for module in modules.values():
         same_start(accelerator, module)
     average = WeightAverage(tokenizer, config.ema)
@@ -58,19 +63,22 @@ def train(
     if config.resume and state_file.is_file():
         start = load_state(state_file, modules, optimizers, average.average, identity)
         accelerator.print(f"resumed {config.out} at step {start} of {config.steps}")
+    if start == 0 and config.codebook_batches:
+        start_codebooks(tokenizer, batches, config, rank)
     log = RunLog(config.out, config.steps, start, accelerator.is_main_process)
 
     for step in range(start, config.steps):
         torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)
         tokenizer.train()
-        for group_name, optimizer in optimizers.items():
-            base = config.lr if group_name == "tokenizer" else config.discriminator_lr or config.lr
-            optimizer.param_groups[0]["lr"] = base * config.lr_share(step)
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = config.peak_lr(name) * config.lr_share(step)
             optimizer.zero_grad(set_to_none=True)
-        terms: dict[str, Tensor | float] = {}
+        terms: dict[str, Any] = {}
+        share, skipped = 1 / config.accumulate, False
         for micro in range(config.accumulate):
             batch = {k: v.to(device) for k, v in batches(step * config.accumulate + micro, rank).items()}
-            terms = one_batch(accelerator, tokenizer, objective, batch, step, 1 / config.accumulate)
+            for key, value in one_batch(tokenizer, objective, batch, step, share, config.bf16).items():
+                terms[key] = terms.get(key, 0) + share * value.float()
             log.items += next(iter(batch.values())).shape[0] * accelerator.num_processes
         for name, module in modules.items():
             parameters = [p for p in module.parameters() if p.requires_grad]
@@ -80,20 +88,21 @@ def train(
             if bool(torch.isfinite(norm)):
                 optimizers[name].step()
             else:  # one bad batch must not ruin the weights; it shows in the log
-                terms[f"{name}_skipped"] = 1.0
+                terms[f"{name}_skipped"], skipped = 1.0, True
         average.update(tokenizer, step)
         done = step + 1
         log.bar.update(1)
-        if done % config.log_every == 0 or done == config.steps:
-            log.write(done, terms | {"lr": optimizers["tokenizer"].param_groups[0]["lr"]})
         last = done == config.steps
+        if done % config.log_every == 0 or last or skipped:
+            log.write(done, terms | {"lr": optimizers["tokenizer"].param_groups[0]["lr"]})
         if validate is not None and accelerator.is_main_process and (done % config.validate_every == 0 or last):
-            with average.applied(tokenizer), torch.random.fork_rng(devices=[]):
+            with average.applied(tokenizer), torch.random.fork_rng(devices=[]), torch.no_grad():
                 log.write(done, validate(tokenizer.eval()), "validate")
         if accelerator.is_main_process and (done % config.save_every == 0 or last):
-            save_state(state_file, done, modules, optimizers, average.average, identity)
             with average.applied(tokenizer):
                 tokenizer.eval().save(config.out / "tokenizer")
+            # After the weights: a run killed between the two repeats the steps and writes the weights again.
+            save_state(state_file, done, modules, optimizers, average.average, identity)
             write_atomic(config.out / "progress.json", json.dumps({"step": done, "steps": config.steps}).encode())
         accelerator.wait_for_everyone()
     log.close()
@@ -103,30 +112,68 @@ def train(
     return tokenizer.eval()
 
 
+@torch.no_grad()
+def start_codebooks(tokenizer: Tokenizer, batches: Batches, config: TrainConfig, rank: int) -> None:
+    """One forward over many batches in training mode, from which codebooks with a k-means start take it."""
+    torch.manual_seed(config.seed)
+    beyond = config.steps * config.accumulate  # batches that no step reads
+    parts = [batches(beyond + i, rank) for i in range(config.codebook_batches)]
+    tokenizer.train()
+    tokenizer(**{k: torch.cat([p[k] for p in parts]).to(tokenizer.device) for k in parts[0]})
+
+
+def start_accelerator() -> Accelerator:
+    """The accelerator of this process; its precision is left open, since accelerate refuses a second one later on.
+
+    Raises ValueError when a launcher started several processes that do not know of each other: they would train alone,
+    each over the other's files. Without an accelerator device, accelerate joins processes only when asked for the CPU.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available())
+    if accelerator.num_processes == 1 and launched > 1:
+        raise ValueError(
+            f"expected {launched} processes (WORLD_SIZE), got 1: accelerate was set up before train() without them; "
+            "set ACCELERATE_USE_CPU=true for processes on the CPU, or unset WORLD_SIZE for a single one"
+        )
+    return accelerator
+
+
 def one_batch(
-    accelerator: Accelerator,
     tokenizer: Tokenizer,
     objective: Objective,
     batch: dict[str, Tensor],
     step: int,
-    share: float,
-) -> dict[str, Any]:
+    share: float = 1.0,
+    bf16: bool = False,
+) -> dict[str, Tensor]:
     """Forward once and add ``share`` of both networks' gradients; returns the loss terms and quantizer statistics."""
-    with accelerator.autocast():
+    device_type = tokenizer.device.type
+    with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
         output = tokenizer(**batch)
+    with frozen(objective.discriminator):
+        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
+            loss, terms = objective.generator_loss(output, batch, step)
+        (loss * share).backward()
     if objective.discriminator is not None:
-        objective.discriminator.requires_grad_(False)
-    with accelerator.autocast():
-        loss, terms = objective.generator_loss(output, batch, step)
-    (loss * share).backward()
-    if objective.discriminator is not None:
-        objective.discriminator.requires_grad_(True)
-        with accelerator.autocast():
+        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
             d_loss, d_terms = objective.discriminator_loss(output, batch, step)
         if d_loss.requires_grad:  # before the discriminator's start there is nothing to learn
             (d_loss * share).backward()
         terms |= d_terms
     return {"loss": loss.detach()} | terms | output.quantized.stats
+
+
+@contextmanager
+def frozen(module: nn.Module | None) -> Iterator[None]:
+    """Inside the block the module's parameters take no gradients; those that took none before take none after it."""
+    parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def adamw(module: nn.Module, lr: float, config: TrainConfig) -> torch.optim.Optimizer:
@@ -135,14 +182,20 @@ def adamw(module: nn.Module, lr: float, config: TrainConfig) -> torch.optim.Opti
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes, one flat all-reduce; a missing gradient counts as zero."""
+    """Mean of the gradients over all processes, one flat all-reduce.
+
+    A gradient that only some processes have counts as zero on the others. One that none has stays missing, so that the
+    optimizer passes over its parameter (no weight decay, no momentum), as it does in a single process.
+    """
     if accelerator.num_processes == 1:
         return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=accelerator.device)
+    flat = torch.cat([*gradients, present])
     torch.distributed.all_reduce(flat)
-    flat /= accelerator.num_processes
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = part.view_as(p).clone()
+    *means, present = flat.split([*(p.numel() for p in parameters), len(parameters)])
+    for p, total, count in zip(parameters, means, present.tolist(), strict=True):
+        p.grad = (total / accelerator.num_processes).view_as(p) if count else None
 
 
 def same_start(accelerator: Accelerator, module: nn.Module) -> None:

@@ -18,10 +18,14 @@ Terms = dict[str, Tensor]
 class Objective(Protocol):
     """The contract of `training.loop.train`; the batch holds the input as ``x``."""
 
-    discriminator: nn.Module | None
+    @property
+    def discriminator(self) -> nn.Module | None:
+        """The network that plays against the tokenizer; None for no GAN."""
+        ...
 
     def frozen_modules(self) -> Sequence[nn.Module]:
-        """Helper networks to move to the device: perceptual networks, loss front ends, teachers."""
+        """Helper networks: perceptual networks, loss front ends, teachers. The loop puts them on the device, in
+        evaluation mode, without gradients to their weights."""
         ...
 
     def generator_loss(self, output: Reconstruction, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Terms]:

@@ -55,11 +55,12 @@ def load_state(
         raise ValueError(
             f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}; delete it to start again"
         )
-    if (mine := json.dumps(identity, sort_keys=True, default=str)) != metadata["identity"]:
+    if (mine := json.dumps(identity, sort_keys=True, default=str)) != metadata.get("identity"):
         raise ValueError(
             f"{path} belongs to a run with other settings; use another --out, or delete it to start again.\n"
-            f"  stored:   {metadata['identity']}\n  this run: {mine}"
+            f"  stored:   {metadata.get('identity')}\n  this run: {mine}"
         )
+    _check_networks(path, tensors, modules, average)
     for name, module in modules.items():
         prefix = f"module.{name}."
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -74,3 +75,20 @@ def load_state(
     for key, value in average.items():
         value.copy_(tensors[f"average.{key}"])
     return int(metadata["step"])
+
+
+def _check_networks(
+    path: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module], average: dict[str, Tensor]
+) -> None:
+    """Raise ValueError, before anything is put back, unless the file holds the tensors of exactly these networks."""
+    wanted = {f"average.{k}": v.shape for k, v in average.items()}
+    for name, module in modules.items():
+        wanted |= {f"module.{name}.{k}": v.shape for k, v in module.state_dict().items()}
+    stored = {k: v.shape for k, v in tensors.items() if not k.startswith("optimizer.")}
+    differing = sorted(k for k in wanted.keys() | stored.keys() if wanted.get(k) != stored.get(k))
+    if differing:
+        sizes = [str(tuple(d[differing[0]])) if differing[0] in d else "no such tensor" for d in (wanted, stored)]
+        raise ValueError(
+            f"{path} was written with other networks ({len(differing)} tensors differ, e.g. {differing[0]}: expected "
+            f"{sizes[0]}, got {sizes[1]}); use another --out, or delete it to start again"
+        )

@@ -71,9 +71,7 @@ def run_client(command: list[str], cwd: Path | None = None) -> str:
         lines = [line.strip() for line in done.stderr.splitlines() if re.search(r"error|^E:|ERR!", line, re.I)]
         reason = (lines or done.stderr.strip().splitlines() or ["no message"])[0]
         shown = " ".join([Path(command[0]).name, *command[1:4]])
-        raise FetchError(
-            f"`{shown}` failed: {reason[:200]} (check the package name and the registry set up here)"
-        )
+        raise FetchError(f"`{shown}` failed: {reason[:200]} (check the package name and the registry set up here)")
     return done.stdout
 
 

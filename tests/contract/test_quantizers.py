@@ -234,7 +234,9 @@ class Method(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "name", ["vq", "vq-cosine-narrow", "rvq", "rvq-narrow", "fsq", "binary-bernoulli", "binary-sign"]
+    "name",
+    ["vq", "rvq", "fsq", "binary-bernoulli"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("vq-cosine-narrow", "rvq-narrow", "binary-sign")],
 )
 def test_one_graph_with_free_batch_and_length(name):
     quantizer = make(name).eval()

@@ -116,6 +116,17 @@ def test_an_update_without_a_valid_vector_changes_nothing():
     assert bool(quantizer.book.initialized)
 
 
+def test_loading_untrained_weights_starts_the_codebook_again():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(D, K)
+    fresh = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    z = 1000 + torch.randn(2, 200, D)  # far from any random start
+    quantizer(z)
+    quantizer.load_state_dict(fresh)
+    assert float(quantizer(z).stats["commitment_loss"]) < 2
+    assert bool(quantizer.book.initialized)
+
+
 def test_evaluation_never_updates():
     quantizer = VectorQuantizer(D, K).eval()
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}

@@ -1,0 +1,135 @@
+"""Tiny untrained tokenizers and their inputs, for the contract tests. A new tokenizer adds one line to `TINY`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtok.audio.codec import AudioCodec
+from mmtok.image.binary1d import Binary1D
+from mmtok.tokenizer import Tokenizer
+
+
+def tiny_binary1d(rope: str, resize: str, absolute_positions: bool) -> Binary1D:
+    return Binary1D(
+        num_tokens=6,
+        num_bits=12,
+        patch_size=4,
+        encoder=(16, 2, 1),
+        decoder=(16, 2, 1),
+        head_dim=16,
+        axes_dims=(4, 6, 6),
+        rope=rope,
+        resize=resize,
+        absolute_positions=absolute_positions,
+        image_size=48,
+        quantizer={"bits_per_code": 4},
+    )
+
+
+def tiny_codec(causal: bool, codebook_dim: int | None = None) -> AudioCodec:
+    return AudioCodec(
+        strides=(8, 5, 4, 2),
+        encoder_width=2,
+        decoder_width=32,
+        latent_dim=8,
+        num_codebooks=3,
+        codebook_size=16,
+        codebook_dim=codebook_dim,
+        dilations=(1, 3),
+        causal=causal,
+    )
+
+
+TINY: dict[str, Callable[[], Tokenizer]] = {
+    "binary1d": lambda: tiny_binary1d("rotary", "linear", True),
+    "binary1d-published": lambda: tiny_binary1d("mixed", "dc", False),
+    "codec-centred": lambda: tiny_codec(False),
+    "codec-causal": lambda: tiny_codec(True, codebook_dim=4),
+}
+Input = tuple[Any, int | None]  # what encode takes: x and the sample rate
+
+
+def build(name: str, seed: int = 0) -> Tokenizer:
+    """Untrained, but alive: weights of a size that makes the codes depend on the input."""
+    torch.manual_seed(seed)
+    tok = TINY[name]()
+    if isinstance(tok, Binary1D):
+        with torch.no_grad():
+            for p in tok.parameters():
+                p.mul_(3.0)
+            tok.encoder_norm.weight.fill_(1.0)
+    if isinstance(tok, AudioCodec):
+        tok.train()(noise(4, 1, 6400))  # k-means puts the codebooks among the latents
+    return tok.eval()
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.2
+
+
+def image(*shape: int, seed: int = 1) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+IMAGES: dict[str, Input] = {
+    "odd": (image(3, 17, 33), None),
+    "one pixel": (image(3, 1, 1), None),
+    "tall": (image(3, 300, 20), None),
+    "wide": (image(3, 5, 90), None),
+    "grey": (image(1, 31, 16), None),
+    "rgba": (image(4, 16, 16), None),
+    "uint8 array": ((image(9, 40, 3) * 255).byte().numpy(), None),
+    "16-bit grey": ((image(12, 7) * 65535).numpy().astype(np.uint16), None),
+}
+SOUNDS: dict[str, Input] = {
+    "one sample": (noise(1, 1), 16000),
+    "319": (noise(1, 319), 16000),
+    "320": (noise(1, 320), 16000),
+    "321": (noise(321), 16000),
+    "5000": (noise(1, 5000), 16000),
+    "8 kHz": (noise(1, 2001), 8000),
+    "44.1 kHz": (noise(1, 5000), 44100),
+    "44.1 kHz, one sample": (noise(1, 1), 44100),
+    "44.1 kHz stereo": (noise(2, 5001), 44100),
+    "stereo": (noise(2, 3333), 16000),
+    "int16": ((noise(1, 999) * 30000).short(), 16000),
+    "three channels": (noise(3, 700).numpy(), 48000),
+}
+
+
+def inputs(tok: Tokenizer) -> dict[str, Input]:
+    return IMAGES if tok.modality == "image" else SOUNDS
+
+
+def several(tok: Tokenizer) -> tuple[list[Any], int | None]:
+    """A list of clips of one rate, or of pictures, of different sizes."""
+    if tok.modality == "image":
+        return [x for x, _ in IMAGES.values()], None
+    return [x for x, rate in SOUNDS.values() if rate == 16000], 16000
+
+
+def size_of(tok: Tokenizer, x: Any) -> tuple[int, ...]:
+    """The size that decode must give: (C, H, W) or (C, L)."""
+    if tok.modality == "audio":
+        return tuple(x.shape) if x.ndim == 2 else (1, *x.shape)
+    if isinstance(x, np.ndarray):
+        return (1, *x.shape) if x.ndim == 2 else (x.shape[2], *x.shape[:2])
+    return tuple(x.shape)
+
+
+def state_of(tok: Tokenizer) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in tok.state_dict().items()}
+
+
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def one(x: Tensor | list[Tensor]) -> Tensor:
+    assert isinstance(x, Tensor) and len(x) == 1
+    return x[0]
