@@ -27,7 +27,7 @@ __all__ = ["CheckpointError", "TokenSpec", "Tokenizer", "Tokens", "TokensError",
 if TYPE_CHECKING:
     from mmtok.auto import available, card, load
     from mmtok.tokenizer import CheckpointError, Tokenizer
-    from mmtok.tokens import Tokens, TokenSpec, TokensError
+    from mmtok.tokens import Tokens, TokensError, TokenSpec
     from mmtok.vocab import Vocab
 
 

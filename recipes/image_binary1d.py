@@ -19,11 +19,11 @@ from mmtok.image.binary1d import Binary1D
 from mmtok.losses.perceptual import load_stlpips
 from mmtok.training import ImageObjective, TrainConfig, train
 
-# No pull of the bits towards 0 and 1: sampling at temperature 0.1 decides them well enough, while the pull saturates the
-# sigmoid, whose slope is the gradient (LOG.md, 2026-11-21: 10 of 256 codes in use after 400 steps).
+# No pull of the bits towards 0 and 1: sampling at temperature 0.1 decides them well enough, while the pull saturates
+# the sigmoid, whose slope is the gradient (LOG.md, 2026-11-21: 10 of 256 codes in use after 400 steps).
 QUANTIZER = {"commitment_weight": 0.0, "entropy_weight": 0.02, "entropy_group_bits": 1}
 SMALL = {"encoder": (192, 4, 0), "decoder": (192, 6, 6), "absolute_positions": True, "quantizer": QUANTIZER}
-TINY = {"num_tokens": 8, "num_bits": 16, "encoder": (32, 2, 1), "decoder": (32, 2, 1)}
+TINY = {"num_tokens": 8, "num_bits": 16, "encoder": (64, 2, 1), "decoder": (64, 2, 1)}
 SIZES = ((128, 128),) * 6 + ((96, 160), (160, 96))
 ASSETS = Path(__file__).resolve().parents[1] / "mmtok" / "assets"
 

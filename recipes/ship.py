@@ -36,13 +36,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "recipes" / "results"
 CLASSICAL = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
 NOTES = {
-    "image-binary1d-64x64": """Limits: trained for about an hour and a half on one CPU core, without a perceptual or
-adversarial loss, so it is blurry: it keeps layout, colour and large shapes, not texture or small text. Every picture costs
-512 bytes whatever its size; pictures whose longer side is above 256 px are encoded from a reduced copy. Transparency is
-laid over white and comes back opaque.""",
-    "audio-codec-16k-4kbps": """Limits: speech only (music was not in the training data), mono, 16 kHz (other rates are
-resampled to it and back), trained for about an hour and a half on one CPU core without discriminators, so voices sound
-slightly metallic. Not causal: it cannot stream. It can reproduce a recorded voice: use recordings you have the right to.""",
+    "image-binary1d-64x64": """Trained for about an hour and a half on one CPU core, without a perceptual or adversarial
+loss, so it is blurry: it keeps layout, colour and large shapes, not texture or small text. Every picture costs 512 bytes
+whatever its size; pictures whose longer side is above 256 px are encoded from a reduced copy. Transparency is laid over
+white and comes back opaque.""",
+    "audio-codec-16k-4kbps": """Speech only (no music in the training data), mono, 16 kHz (other rates are resampled to
+it and back), trained for about an hour on one CPU core without discriminators, so voices sound rough. Not causal: it
+cannot stream. It reproduces recorded voices: use recordings that you have the right to.""",
 }
 
 
@@ -89,8 +89,8 @@ def image_table(result: dict[str, Any]) -> str:
     rows = [[f"**{ours['tokenizer']}**", f"{ours['bytes']:.0f}"]]
     rows[0] += [interval_text(ours["psnr"], 2), interval_text(ours["ssim"], 3)]
     for row in result["classical"]:
-        share = f" (at its lowest quality where 512 bytes are out of reach: {row['images'] - row['reached']} of {row['images']})"
-        note = share if row["reached"] < row["images"] else ""
+        missed = row["images"] - row["reached"]
+        note = f" ({missed} of {row['images']} are larger at its lowest quality)" if missed else ""
         cells = [CLASSICAL[row["codec"]] + note, f"{row['bytes']:.0f}", f"{row['psnr_db']:.2f}", f"{row['ssim']:.3f}"]
         rows.append(cells)
     return markdown_table(["128 x 128 px photographs, held out", "bytes", "PSNR dB", "SSIM"], rows)
@@ -143,17 +143,19 @@ def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any
         entry[0] += 1
         entry[1].add(s.licence)
     data_rows = [[p, n, ", ".join(sorted(licences))] for p, (n, licences) in sorted(packages.items())]
-    rate = f"{facts['bytes_per_image']:.0f} bytes an image" if modality == "image" else f"{facts['bitrate_bps']:.0f} bit/s"
+    rate = (
+        f"{facts['bytes_per_image']:.0f} bytes an image" if modality == "image" else f"{facts['bitrate_bps']:.0f} bit/s"
+    )
     ours = result["photos"] if modality == "image" else max(result["speech"], key=lambda r: r["num_codebooks"])
     text = f"""# {name}
 
-`mmtok.load("{name}")` - {modality} tokenizer of type `{facts['type']}`, {rate}, weights Apache-2.0.
+`mmtok.load("{name}")` - {modality} tokenizer of type `{facts["type"]}`, {rate}, weights Apache-2.0.
 
-* Codes: {facts['num_codebooks']} levels of {facts['codebook_sizes'][0]}, \
-{facts.get('num_tokens') or facts.get('frame_rate')} {'positions an image' if modality == 'image' else 'positions a second'}.
-* Fingerprint {facts['fingerprint']}; {facts['checkpoint_bytes'] / 1e6:.1f} MB of float16 weights (moving average of the run).
-* Trained by `{run['command']}` ({run['steps']} steps, commit {run['commit']}) on {run['hardware']},
-  {run['hours']:.1f} h of wall time beside other work.
+* Codes: {facts["num_codebooks"]} levels of {facts["codebook_sizes"][0]}, \
+{facts.get("num_tokens") or facts.get("frame_rate")} {"positions an image" if modality == "image" else "positions a second"}.
+* Fingerprint {facts["fingerprint"]}; {facts["checkpoint_bytes"] / 1e6:.1f} MB of float16 weights, the run's moving average.
+* Trained by `{run["command"]}` ({run["steps"]} steps, commit {run["commit"]}) on {run["hardware"]},
+  {run["hours"]:.1f} h of wall time beside other work.
 
 ## Scores
 Written by `python recipes/ship.py --run ... --name {name}`, whose header states the protocol; full JSON in
@@ -161,7 +163,8 @@ Written by `python recipes/ship.py --run ... --name {name}`, whose header states
 
 {table}
 
-Codebook usage by level {ours['usage']}, perplexity {ours['perplexity']}, on {ours['codes_counted']} positions of the test set.
+Codebook usage by level {ours["usage"]}, perplexity {ours["perplexity"]}, on {ours["codes_counted"]} positions
+of the test set.
 
 ## Data
 Installed by `recipes/fetch_data.py` from package registries, by package name; no raw file is part of this repository.
@@ -182,7 +185,8 @@ def run_facts(run: Path, command: str, hours: float) -> dict[str, Any]:
     """Where the weights come from: steps of the log, this commit, this processor."""
     rows = [json.loads(line) for line in (run.parent / "log.jsonl").read_text().splitlines()]
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     return {
         "command": command,
         "steps": rows[-1]["step"],

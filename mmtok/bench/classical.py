@@ -16,7 +16,6 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from PIL import Image, features
 from torch import Tensor
 from tqdm import tqdm
 
@@ -66,6 +65,8 @@ def encode_image(image: Tensor, codec: str, quality: int) -> bytes:
     if not low <= quality <= high:
         raise ValueError(f"quality: expected {low}..{high} for {codec}, got {quality}")
     _require_image(image)
+    from PIL import Image, features
+
     if not features.check(entry.pillow_feature):
         raise ImportError(f"this Pillow was built without {codec}; install the wheel: pip install 'pillow>=11.3'")
     pixels = (image.detach().cpu().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)  # (H,W,3)
@@ -78,6 +79,8 @@ def encode_image(image: Tensor, codec: str, quality: int) -> bytes:
 
 def decode_image(data: bytes) -> Tensor:
     """(3,H,W) float32 in [0,1] of a JPEG, WebP or AVIF file."""
+    from PIL import Image
+
     with Image.open(io.BytesIO(data)) as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)  # (H,W,3)
     return torch.from_numpy(pixels / 255.0).permute(2, 0, 1).contiguous()

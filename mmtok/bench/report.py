@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mmtok.tokens import write_atomic
 
@@ -220,6 +219,8 @@ def pixels(x: np.ndarray) -> np.ndarray:
 
 def png(array: np.ndarray) -> bytes:
     """PNG file of an (H, W, C) uint8 array."""
+    from PIL import Image
+
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(out, "PNG", optimize=True)
     return out.getvalue()
@@ -274,6 +275,8 @@ def usage(row: np.ndarray) -> tuple[int, float]:
 def _shrink(array: np.ndarray, factor: float) -> np.ndarray:
     if factor >= 1:
         return array
+    from PIL import Image
+
     size = (max(1, round(array.shape[1] * factor)), max(1, round(array.shape[0] * factor)))
     return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
 

@@ -57,7 +57,7 @@ def audio_scores(
 ) -> dict[str, Any]:
     """PESQ-wb, STOI, aligned SI-SDR, mel distance over clips (1, L), with the bitrate of the kept levels."""
     found: dict[str, list[float]] = {name: [] for name in AUDIO_SCORES}
-    unscored: dict[str, int] = {name: 0 for name in AUDIO_SCORES}
+    unscored: dict[str, int] = dict.fromkeys(AUDIO_SCORES, 0)
     started, parts, seconds = time.perf_counter(), [], 0.0
     for clip in tqdm(clips, desc=f"{tokenizer.name} {num_codebooks or ''}", unit="clip", mininterval=2):
         tokens = tokenizer.encode(clip, sample_rate=sample_rate, num_codebooks=num_codebooks)
@@ -116,5 +116,3 @@ def replace_block(text: str, name: str, content: str) -> str:
         raise ValueError(f"expected the marks {start} and {end}")
     head, rest = text.split(start, 1)
     return f"{head}{start}\n{content.strip()}\n{end}{rest.split(end, 1)[1]}"
-
-

@@ -6,6 +6,8 @@ padded batch gives each item what it gets alone (where the zero padding of the c
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,8 +58,8 @@ class Conv1d(nn.Module):
         # 1 / sqrt(fan-in), not DAC's fixed 0.02: in narrow stacks that lets the latent die out, and its codes with it.
         nn.init.trunc_normal_(conv.weight, std=gain * (in_channels * kernel_size) ** -0.5)
         if bias:
-            nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]
-        self.conv = add_weight_norm(conv) if weight_norm else conv
+            nn.init.zeros_(cast(Tensor, conv.bias))
+        self.conv = cast(nn.Conv1d, add_weight_norm(conv)) if weight_norm else conv
         total = dilation * (kernel_size - 1) - (stride - 1)
         self.left = total if causal else (total + 1) // 2
         self.right = total - self.left
@@ -93,18 +95,18 @@ class ConvTranspose1d(nn.Module):
         super().__init__()
         conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride=stride)
         nn.init.trunc_normal_(conv.weight, std=(2 * in_channels) ** -0.5)  # two taps reach each output sample
-        nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]
-        self.conv = add_weight_norm(conv, dim=1) if weight_norm else conv
+        nn.init.zeros_(cast(Tensor, conv.bias))
+        self.conv = cast(nn.ConvTranspose1d, add_weight_norm(conv, dim=1)) if weight_norm else conv
         self.cut = 0 if causal else (stride + 1) // 2
         self.stride = stride
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         # Written as a plain convolution of two taps with ``stride`` outputs a position, which is the same sum: the
-        # gradient of torch's transposed convolution in bf16 on CPU is wrong for some shapes (recipes/LOG.md, 2026-11-21).
+        # gradient of torch's transposed convolution in bf16 on CPU is wrong for some shapes (recipes/LOG.md, 21 Nov).
         weight = self.conv.weight  # (C, C', 2 * stride): the present position's taps, then the one before's
         C, out = weight.shape[:2]
         taps = weight.view(C, out, 2, self.stride).flip(2).permute(1, 3, 0, 2).reshape(out * self.stride, C, 2)
         y = F.conv1d(F.pad(zero_past(x, lengths), (1, 1)), taps)  # (B, C' * stride, L + 1)
         y = y.unflatten(1, (out, self.stride)).transpose(2, 3).flatten(2)  # (B, C', (L + 1) * stride)
         y = y[..., self.cut : self.cut + x.shape[-1] * self.stride]
-        return y + self.conv.bias[:, None].to(y.dtype)  # pyright: ignore[reportOptionalSubscript]
+        return y + cast(Tensor, self.conv.bias)[:, None].to(y.dtype)

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
             block.units = nn.ModuleList(ResidualUnit(width, d, kernel_size, causal, weight_norm) for d in dilations)
             self.blocks.append(block)
         self.snake = Snake(width)
-        self.last = Conv1d(width, channels, kernel_size, causal=causal, weight_norm=weight_norm, gain=0.1)
+        self.last = Conv1d(width, channels, kernel_size, causal=causal, weight_norm=weight_norm)
 
     def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
         x = self.first(z, lengths)

@@ -7,7 +7,7 @@ hidden layers after their activation. None holds batch statistics, so one item's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,9 @@ class _Conv2d(nn.Module):
         super().__init__()
         conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, dilation)
         if norm == "weight":
-            conv = parametrizations.weight_norm(conv)
+            conv = cast(nn.Conv2d, parametrizations.weight_norm(conv))
         elif norm == "spectral":
-            conv = parametrizations.spectral_norm(conv)
+            conv = cast(nn.Conv2d, parametrizations.spectral_norm(conv))
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:

@@ -128,6 +128,9 @@ class AntialiasedFeatures(nn.Module):
         ValueError: another `net`, or names that are missing.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, state: Mapping[str, Tensor], net: str = "vgg") -> None:
         super().__init__()
         _check_net(net)
@@ -140,7 +143,9 @@ class AntialiasedFeatures(nn.Module):
             for kind, key, number in stage:
                 if kind == "conv":
                     weight = _take(state, f"net.{key}.weight")
-                    conv = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), padding=number)
+                    conv = nn.Conv2d(
+                        weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3]), padding=number
+                    )
                     conv.load_state_dict({"weight": weight, "bias": _take(state, f"net.{key}.bias")})
                     layers.append(conv)
                 elif kind == "blur":
