@@ -17,7 +17,7 @@ from mmtok.data.audio import read_audio, resample
 from mmtok.data.packed import AudioBatches, audio_reader, pack
 from mmtok.data.sources import find_sources
 from mmtok.losses.discriminators import MultiPeriodDiscriminator, MultiScaleSTFTDiscriminator
-from mmtok.losses.spectral import MultiScaleMelLoss, MultiScaleSTFTLoss
+from mmtok.losses.spectral import CompressedSpectrumLoss, MultiScaleMelLoss, MultiScaleSTFTLoss
 from mmtok.metrics import METRICS
 from mmtok.training import AudioObjective, TrainConfig, train
 from mmtok.training.objective import Adversary
@@ -106,7 +106,14 @@ def main() -> None:
         discriminators = Discriminators(2 if args.smoke else 16)
         adversary = Adversary(discriminators, "least_squares", start=args.gan_start or 0)
     objective = AudioObjective(
-        MultiScaleMelLoss(rate), MultiScaleSTFTLoss(), mel_weight=1.0, wave_weight=10.0, adversary=adversary
+        # Floors near what can be heard: the usual ones ask for the noise 100 dB below speech, which a short run cannot.
+        MultiScaleMelLoss(rate, floor=1e-3),
+        MultiScaleSTFTLoss(floor=1e-4),
+        CompressedSpectrumLoss(),
+        mel_weight=1.0,
+        spectrum_weight=30.0,
+        wave_weight=5.0,
+        adversary=adversary,
     )
     batches = AudioBatches(packed, 2 if args.smoke else args.batch, rate, args.seed)
     train(tokenizer, objective, batches, config, validate)

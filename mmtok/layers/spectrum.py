@@ -18,6 +18,7 @@ class Spectrum(nn.Module):
     """
 
     window: Tensor
+    scale = 4.0  # speech of usual level then reaches the convolutions at about unit variance, where Snake bends
 
     def __init__(self, hop_length: int):
         super().__init__()
@@ -39,14 +40,14 @@ class Spectrum(nn.Module):
             spectrum = torch.fft.rfft(frames, norm="ortho")
             parts = torch.view_as_real(spectrum)  # (B, T, F, 2)
             # sqrt of the magnitude, phase kept; the small constant bounds the slope at silence
-            parts = parts * (parts.square().sum(-1, keepdim=True) + 1e-8) ** -0.25
+            parts = self.scale * parts * (parts.square().sum(-1, keepdim=True) + 1e-8) ** -0.25
             return parts.flatten(2).transpose(1, 2).contiguous()
 
     def synthesise(self, parts: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, channels, T) -> (B, 1, T * hop) float32, weighted overlap-add over each item's own ``lengths`` (B,)."""
         with torch.autocast(parts.device.type, enabled=False):
             B, _, T = parts.shape
-            parts = zero_past(parts.float(), lengths).transpose(1, 2).unflatten(2, (-1, 2))  # (B, T, F, 2)
+            parts = zero_past(parts.float(), lengths).transpose(1, 2).unflatten(2, (-1, 2)) / self.scale  # (B, T, F, 2)
             parts = parts * (parts.square().sum(-1, keepdim=True) + 1e-12).sqrt()  # undo the square root
             frames = torch.fft.irfft(torch.view_as_complex(parts.contiguous()), self.n_fft, norm="ortho") * self.window
             present = zero_past(frames.new_ones(B, 1, T), lengths).transpose(1, 2)  # (B, T, 1)

@@ -134,8 +134,8 @@ class AudioObjective:
     """Multi-scale mel and STFT distances, waveform L1, the quantizer's loss, an optional GAN.
 
     Args:
-        mel, stft: modules (x_hat, x) -> scalar; None leaves the term out.
-        mel_weight, stft_weight, wave_weight, quantizer_weight: of each term.
+        mel, stft, spectrum: modules (x_hat, x) -> scalar; None leaves the term out.
+        mel_weight, stft_weight, spectrum_weight, wave_weight, quantizer_weight: of each term.
         adversary: see `Adversary`.
     """
 
@@ -143,14 +143,16 @@ class AudioObjective:
         self,
         mel: nn.Module | None,
         stft: nn.Module | None = None,
+        spectrum: nn.Module | None = None,
         mel_weight: float = 15.0,
         stft_weight: float = 1.0,
+        spectrum_weight: float = 1.0,
         wave_weight: float = 0.0,
         quantizer_weight: float = 1.0,
         adversary: Adversary | None = None,
     ):
-        self.mel, self.stft = mel, stft
-        self.mel_weight, self.stft_weight = mel_weight, stft_weight
+        self.mel, self.stft, self.spectrum = mel, stft, spectrum
+        self.mel_weight, self.stft_weight, self.spectrum_weight = mel_weight, stft_weight, spectrum_weight
         self.wave_weight, self.quantizer_weight = wave_weight, quantizer_weight
         self.adversary = adversary or Adversary(None)
 
@@ -159,14 +161,15 @@ class AudioObjective:
         return self.adversary.discriminator
 
     def frozen_modules(self) -> Sequence[nn.Module]:
-        return [m for m in (self.mel, self.stft) if m is not None]
+        return [m for m in (self.mel, self.stft, self.spectrum) if m is not None]
 
     def generator_loss(self, output: Reconstruction, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Terms]:
         x_hat, x = output.x_hat.float(), batch["x"]
         wave = l1(x_hat, x)
         loss = self.wave_weight * wave + self.quantizer_weight * output.quantized.loss
         terms = {"wave_l1": wave.detach()}
-        for name, module, weight in (("mel", self.mel, self.mel_weight), ("stft", self.stft, self.stft_weight)):
+        for name in ("mel", "stft", "spectrum"):
+            module, weight = getattr(self, name), getattr(self, f"{name}_weight")
             if module is not None:
                 distance = module(x_hat, x)
                 loss = loss + weight * distance

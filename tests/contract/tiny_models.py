@@ -45,11 +45,26 @@ def tiny_codec(causal: bool, codebook_dim: int | None = None) -> AudioCodec:
     )
 
 
+def tiny_spectral_codec() -> AudioCodec:
+    return AudioCodec(
+        strides=(80, 2, 2),
+        encoder_width=8,
+        decoder_width=32,
+        latent_dim=8,
+        num_codebooks=3,
+        codebook_size=16,
+        dilations=(1, 3),
+        kernel_size=3,
+        front="stft",
+    )
+
+
 TINY: dict[str, Callable[[], Tokenizer]] = {
     "binary1d": lambda: tiny_binary1d("rotary", "linear", True),
     "binary1d-published": lambda: tiny_binary1d("mixed", "dc", False),
     "codec-centred": lambda: tiny_codec(False),
     "codec-causal": lambda: tiny_codec(True, codebook_dim=4),
+    "codec-spectral": tiny_spectral_codec,
 }
 Input = tuple[Any, int | None]  # what encode takes: x and the sample rate
 

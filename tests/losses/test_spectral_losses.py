@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchaudio
 
-from mmtok.losses.spectral import MultiScaleMelLoss, MultiScaleSTFTLoss, hz_to_mel, mel_filterbank, mel_to_hz
+from mmtok.losses.spectral import CompressedSpectrumLoss, MultiScaleMelLoss, MultiScaleSTFTLoss, hz_to_mel, mel_filterbank, mel_to_hz
 
 SR = 16_000
 
@@ -175,3 +175,21 @@ def test_bad_configurations_are_refused():
         MultiScaleSTFTLoss((512,), (512, 256), (128,))
     with pytest.raises(ValueError, match="hop <= window <= n_fft"):
         MultiScaleSTFTLoss((512,), (600,), (128,))
+
+
+def test_compressed_spectrum_loss():
+    x = sound()
+    loss = CompressedSpectrumLoss((64, 256))
+    assert loss(x, x) == 0
+    # A scaled signal: magnitudes grow by sqrt(c), so either term is (sqrt(c) - 1)^2 of the signal's own.
+    twice, nine = loss(4 * x, x), loss(9 * x, x)
+    torch.testing.assert_close(nine / twice, torch.tensor(4.0), rtol=1e-2, atol=0)
+    # The sign is phase: the magnitudes alone do not see it.
+    assert CompressedSpectrumLoss((64,), phase_share=0.0)(-x, x) < 1e-9 < CompressedSpectrumLoss((64,))(-x, x)
+    silence = torch.zeros_like(x, requires_grad=True)
+    loss(silence, x).backward()
+    assert silence.grad is not None and bool(torch.isfinite(silence.grad).all())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(loss(4 * x, x), twice)
+    with pytest.raises(ValueError, match="one shape"):
+        loss(x[..., :100], x)
