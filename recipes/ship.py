@@ -4,10 +4,10 @@ Command:   python recipes/ship.py --run runs/image_binary1d/tokenizer --name ima
            python recipes/ship.py --run runs/audio_codec/tokenizer --name audio-codec-16k-4kbps --data data
            python recipes/ship.py --tables        # only rewrite the README tables from the stored scores
 Data:      `python recipes/fetch_data.py --out data`; only its test splits are read (packages never trained on).
-Protocol:  images: two random 128 x 128 crops (seed 0) of every `test_photo` picture, 8-bit: "as taken" cut from the file's
+Protocol:  images: a random 128 x 128 crop (seed 0) of every `test_photo` picture, 8-bit: "as taken" cut from the file's
            own pixels, "reduced" a random window of at least half the picture after its longer side was brought to
            384 px (more detail in each pixel, hence harder); JPEG, WebP and AVIF by Pillow at the largest quality
-           within 512 bytes a crop. Speech: 60 clips of the
+           within 512 bytes (AVIF at speed 6). Speech: 40 clips of the
            English Asterisk prompts of at least 2 s (every n-th, sorted by path) and the LibriVox sentences, 16 kHz;
            Opus by libopus at 6 kbit/s. Means with 95 % bootstrap intervals over items.
 Result:    checkpoints/NAME/, recipes/results/NAME.json, and the tables of README.md.
@@ -38,17 +38,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "recipes" / "results"
 CLASSICAL = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
 NOTES = {
-    "image-binary1d-64x64": """Trained for about an hour and a half on one CPU core, without a perceptual or adversarial
-loss, so it is blurry: it keeps layout, colour and large shapes, not texture or small text. Every picture costs 512 bytes
-whatever its size; pictures whose longer side is above 256 px are encoded from a reduced copy. Transparency is laid over
-white and comes back opaque.""",
+    "image-binary1d-64x64": """Trained for little more than an hour on one CPU core, without a perceptual or adversarial
+loss, so it is blurry: it keeps layout, colour and large shapes, not texture or small text. Every picture costs
+512 bytes whatever its size; pictures whose longer side is above 256 px are encoded from a reduced copy. Transparency is
+laid over white and comes back opaque.""",
     "audio-codec-16k-4kbps": """Speech only (no music in the training data), mono, 16 kHz (other rates are resampled to
-it and back), trained for about an hour on one CPU core without discriminators, so voices sound rough. Not causal: it
+it and back), trained for half an hour on one CPU core without discriminators, so voices sound rough. Not causal: it
 cannot stream. It reproduces recorded voices: use recordings that you have the right to.""",
 }
 
 
-def image_crops(data: Path, split: str, per_image: int = 2, reduced: bool = False) -> list[torch.Tensor]:
+def image_crops(data: Path, split: str, per_image: int = 1, reduced: bool = False) -> list[torch.Tensor]:
     """The fixed 128 x 128 test crops of a split, 8-bit: cut from the files as they are, or after reducing them."""
     read, rng = image_reader(384 if reduced else 100_000), np.random.default_rng(0)
     crops = []
@@ -67,7 +67,7 @@ def image_crops(data: Path, split: str, per_image: int = 2, reduced: bool = Fals
     return crops
 
 
-def speech_clips(data: Path, count: int = 60) -> list[torch.Tensor]:
+def speech_clips(data: Path, count: int = 40) -> list[torch.Tensor]:
     """The fixed test clips, (1, L) at 16 kHz."""
     sources = sorted((s for s in find_sources(data, "audio") if s.split == "test"), key=lambda s: str(s.path))
     asterisk = [s for s in sources if s.package.startswith("asterisk")]
@@ -91,7 +91,7 @@ def score(name: str, data: Path) -> dict[str, Any]:
             "classical": classical_image_rows(photos, 512),
             "reduced": image_scores(tokenizer, reduced),
             "reduced_classical": classical_image_rows(reduced, 512),
-            "stamps": image_scores(tokenizer, image_crops(data, "test_toon", 1, reduced=True)),
+            "stamps": image_scores(tokenizer, image_crops(data, "test_toon", reduced=True)),
         }
     clips = speech_clips(data)
     levels = tokenizer.spec.num_codebooks

@@ -79,7 +79,7 @@ class AudioCodec(AudioTokenizer):
         if front not in ("samples", "stft"):
             raise ValueError(f"front: expected 'samples' or 'stft', got {front!r}")
         if front == "stft" and causal:
-            raise ValueError("front='stft' looks ahead by 1.5 hops of its transform; use front='samples' with causal=True")
+            raise ValueError("front='stft' looks ahead by 1.5 hops; with causal=True use front='samples'")
         self.spectrum = Spectrum(strides[0]) if front == "stft" else None
         channels, inner = (1, tuple(strides)) if self.spectrum is None else (self.spectrum.channels, tuple(strides[1:]))
         blocks = (tuple(dilations), kernel_size, causal)

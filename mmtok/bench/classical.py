@@ -42,7 +42,7 @@ class ImageCodec:
 IMAGE_CODECS: dict[str, ImageCodec] = {
     "jpeg": ImageCodec("JPEG", "jpg", (1, 95), {"optimize": True, "subsampling": "4:2:0"}),
     "webp": ImageCodec("WEBP", "webp", (0, 100), {"method": 6}),
-    "avif": ImageCodec("AVIF", "avif", (0, 100), {"speed": 4, "subsampling": "4:2:0"}),
+    "avif": ImageCodec("AVIF", "avif", (0, 100), {"speed": 6, "subsampling": "4:2:0"}),
 }
 
 

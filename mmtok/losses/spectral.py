@@ -319,5 +319,6 @@ class CompressedSpectrumLoss(nn.Module):
                 parts_hat, size_hat = self._compressed(x_hat.float(), n_fft)
                 parts, size = self._compressed(x.float(), n_fft)
                 with_phase = (parts_hat - parts).square().sum(-1).mean()
-                total = total + self.phase_share * with_phase + (1 - self.phase_share) * (size_hat - size).square().mean()
+                alone = (size_hat - size).square().mean()
+                total = total + self.phase_share * with_phase + (1 - self.phase_share) * alone
             return total / len(self.n_ffts)

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torchaudio
 
-from mmtok.losses.spectral import CompressedSpectrumLoss, MultiScaleMelLoss, MultiScaleSTFTLoss, hz_to_mel, mel_filterbank, mel_to_hz
+from mmtok.losses.spectral import (
+    CompressedSpectrumLoss,
+    MultiScaleMelLoss,
+    MultiScaleSTFTLoss,
+    hz_to_mel,
+    mel_filterbank,
+    mel_to_hz,
+)
 
 SR = 16_000
 
