@@ -22,7 +22,14 @@ from mmtok.training import ImageObjective, TrainConfig, train
 # No pull of the bits towards 0 and 1: sampling at temperature 0.1 decides them well enough, while the pull saturates
 # the sigmoid, whose slope is the gradient (LOG.md, 2026-11-21: 10 of 256 codes in use after 400 steps).
 QUANTIZER = {"commitment_weight": 0.0, "entropy_weight": 0.02, "entropy_group_bits": 1}
-SMALL = {"encoder": (192, 4, 0), "decoder": (192, 6, 6), "absolute_positions": True, "quantizer": QUANTIZER}
+# Larger pictures are read at the size of training: a wider grid than any it saw costs 2 dB (LOG.md, 2026-11-21).
+SMALL = {
+    "image_size": 128,
+    "encoder": (192, 4, 0),
+    "decoder": (192, 6, 6),
+    "absolute_positions": True,
+    "quantizer": QUANTIZER,
+}
 TINY = {"num_tokens": 8, "num_bits": 16, "encoder": (64, 2, 1), "decoder": (64, 2, 1)}
 SIZES = ((128, 128),) * 6 + ((96, 160), (160, 96))
 ASSETS = Path(__file__).resolve().parents[1] / "mmtok" / "assets"

@@ -40,7 +40,7 @@ CLASSICAL = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
 NOTES = {
     "image-binary1d-64x64": """Trained for little more than an hour on one CPU core, without a perceptual or adversarial
 loss, so it is blurry: it keeps layout, colour and large shapes, not texture or small text. Every picture costs
-512 bytes whatever its size; pictures whose longer side is above 256 px are encoded from a reduced copy. Transparency is
+512 bytes whatever its size; pictures whose longer side is above 128 px are encoded from a reduced copy. Transparency is
 laid over white and comes back opaque.""",
     "audio-codec-16k-4kbps": """Speech only (no music in the training data), mono, 16 kHz (other rates are resampled to
 it and back), trained for half an hour on one CPU core without discriminators, so voices sound rough. Not causal: it

@@ -37,7 +37,7 @@ def read_image(path: str | Path) -> Tensor:
 
 def read_picture(path: str | Path) -> Picture:
     """`read_image` with the bit depth."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
     if not path.is_file():
@@ -55,7 +55,8 @@ def read_picture(path: str | Path) -> Picture:
         except Image.DecompressionBombError as e:  # PIL's own limit, which does not tell the sides
             size = str(e)
         except Exception as e:  # PIL's readers raise nearly anything on a broken file
-            raise ValueError(f"{path} is not a readable image ({type(e).__name__}: {e}); expected PNG, JPEG ...") from e
+            why = "of no known format" if isinstance(e, UnidentifiedImageError) else f"{type(e).__name__}: {e}"
+            raise ValueError(f"{path} is not a readable image ({why}); expected PNG, JPEG, WebP, AVIF, TIFF ...") from e
     raise ValueError(f"{path}: {size} is above {MAX_PIXELS // 10**6} Mpx; shrink it")
 
 
