@@ -182,7 +182,8 @@ def _codes(section: CodesSection, number: int) -> str:
     Q, T = codes.shape
     cell = max(1, min(16, 160 // Q))  # px of a row, so that the map is about as tall for 1 level as for 32
     picture = np.repeat(code_colours(codes), cell, axis=0)
-    tag = f'<img class="wide map" style="height:{cell * Q}px" alt="token map" src="{_data_url(png(picture), "image/png")}">'
+    source = _data_url(png(picture), "image/png")
+    tag = f'<img class="wide map" style="height:{cell * Q}px" alt="token map" src="{source}">'
     rows = []
     for level, (row, size) in enumerate(zip(codes, section.codebook_sizes, strict=True)):
         used, perplexity = usage(row)
