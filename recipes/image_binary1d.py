@@ -1,6 +1,6 @@
 """Train the 1-D binary image tokenizer (Instella-T2I's architecture, small): 64 tokens of 64 bits, 512 bytes an image.
 
-Command:   python recipes/image_binary1d.py --data data --out runs/image_binary1d --steps 12000
+Command:   python recipes/image_binary1d.py --data data --out runs/image_binary1d --steps 4300 --compile
 Data:      `python recipes/fetch_data.py --out data` (photographs, emoji, stamps), or any folder of images.
 Result:    see recipes/LOG.md and checkpoints/image-binary1d-64x64/README.md.
 """
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data", help="folder with images.jsonl, or any folder of images")
     parser.add_argument("--out", default="runs/image_binary1d", help="folder of log, state and weights")
-    parser.add_argument("--steps", type=int, default=12000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=4300, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=32, help="images a step on one process")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--perceptual", type=float, default=0.0, help="weight of the ST-LPIPS term, 0 = off")

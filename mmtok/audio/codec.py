@@ -33,8 +33,8 @@ class AudioCodec(AudioTokenizer):
         kernel_size: of the residual units.
         causal: no look-ahead, so that it can stream.
         front: ``samples`` as in DAC and SEANet, or ``stft``: the first stride is the hop of a Fourier transform and the
-            blocks work on its real and imaginary parts. Few blocks then run at a high rate, which makes it several
-            times cheaper for like quality. Not causal.
+            blocks work on its real and imaginary parts. Few blocks then run at a high rate, which makes it
+            cheaper to train (recipes/LOG.md). Not causal.
         chunk_seconds: longer sound is processed in pieces that overlap by the receptive field, with the same result.
     """
 
