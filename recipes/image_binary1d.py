@@ -20,9 +20,10 @@ from mmtok.losses.perceptual import load_stlpips
 from mmtok.training import ImageObjective, TrainConfig, train
 
 # No pull of the bits towards 0 and 1: sampling at temperature 0.1 decides them well enough, while the pull saturates
-# the sigmoid, whose slope is the gradient (LOG.md, 2026-11-21: 10 of 256 codes in use after 400 steps).
+# the sigmoid, whose slope is the gradient (LOG.md, 2026-11-21: 7 to 13 of 256 codes in use after 380 steps).
 QUANTIZER = {"commitment_weight": 0.0, "entropy_weight": 0.02, "entropy_group_bits": 1}
-# Larger pictures are read at the size of training: a wider grid than any it saw costs 2 dB (LOG.md, 2026-11-21).
+# Larger pictures are read at the size of training: a finer grid than any it saw costs 1.4 dB on the
+# packaged photo (measure_cpu.py).
 SMALL = {
     "image_size": 128,
     "encoder": (192, 4, 0),
@@ -43,7 +44,7 @@ def sampling_weights(sources: list[Source]) -> list[float]:
     return [0.5 / photos if s.kind == "photo" else 0.5 / (len(sources) - photos) for s in sources]
 
 
-def held_out_psnr(packed: Packed, count: int = 48) -> torch.Tensor:
+def held_out_crops(packed: Packed, count: int = 48) -> torch.Tensor:
     rng = np.random.default_rng(7)
     return torch.stack([random_crop(packed[i % len(packed)], (128, 128), rng) for i in range(count)])
 
@@ -67,7 +68,7 @@ def main() -> None:
     validation = [s for s in sources if s.split == "val"] or training
     cache, read = Path(args.out) / "cache", image_reader(384)
     packed = pack([s.path for s in training], cache, read, sampling_weights(training))
-    probe = held_out_psnr(pack([s.path for s in validation], cache, read), 2 if args.smoke else 48)
+    probe = held_out_crops(pack([s.path for s in validation], cache, read), 2 if args.smoke else 48)
 
     torch.manual_seed(args.seed)
     tokenizer = Binary1D(**(TINY if args.smoke else SMALL))

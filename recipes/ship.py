@@ -177,7 +177,7 @@ def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any
 
 * Codes: {facts["num_codebooks"]} levels of {facts["codebook_sizes"][0]}, {codes}.
 * Fingerprint {facts["fingerprint"]}; {facts["checkpoint_bytes"] / 1e6:.1f} MB, float16, the run's moving average.
-* Trained by `{run["command"]}` ({run["steps"]} steps, commit {run["commit"]}) on {run["hardware"]},
+* Trained by `{run["command"]}` ({run["steps"]} steps, seed 0; shipped at commit {run["commit"]}) on {run["hardware"]},
   {run["hours"]:.1f} h of wall time beside other work.
 
 ## Scores
@@ -191,7 +191,7 @@ of the test set.
 
 ## Data
 Installed by `recipes/fetch_data.py` from package registries, by package name; no raw file is part of this repository.
-Test packages were never trained on. Weights were learnt from files under these licences:
+No file of the tables' test packages was trained on. Weights were learnt from files under these licences:
 
 {markdown_table(["package", "files", "licences"], data_rows)}
 

@@ -75,7 +75,7 @@ class Conv1d(nn.Module):
     def _strided(self, x: Tensor) -> Tensor:
         """The same sum as a plain convolution of two taps over groups of ``stride`` samples.
 
-        torch's strided convolution in bf16 on CPU gives wrong values for some shapes (recipes/LOG.md, 2026-11-21).
+        torch's strided convolution in bf16 on CPU gives wrong values for some shapes (recipes/measure_cpu.py).
         """
         out, C, _ = self.conv.weight.shape
         taps = self.conv.weight.view(out, C, 2, self.stride).transpose(2, 3).reshape(out, C * self.stride, 2)
@@ -102,7 +102,7 @@ class ConvTranspose1d(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         # Written as a plain convolution of two taps with ``stride`` outputs a position, which is the same sum: the
-        # gradient of torch's transposed convolution in bf16 on CPU is wrong for some shapes (recipes/LOG.md, 21 Nov).
+        # gradient of torch's transposed convolution in bf16 on CPU is wrong for some shapes (recipes/measure_cpu.py).
         weight = self.conv.weight  # (C, C', 2 * stride): the present position's taps, then the one before's
         C, out = weight.shape[:2]
         taps = weight.view(C, out, 2, self.stride).flip(2).permute(1, 3, 0, 2).reshape(out * self.stride, C, 2)

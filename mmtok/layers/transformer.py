@@ -73,8 +73,8 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) v over (B, heads, T, d).
 
-    Training on CPU takes the plain product: torch's fused CPU kernel has a backward that is several times slower for
-    a few hundred positions (recipes/LOG.md, 2026-11-21). Everything else takes the fused kernel.
+    Training on CPU takes the plain product up to 512 positions: torch's fused CPU kernel takes four times as
+    long, forward and backward, at 128 and as long at 320 (`recipes/measure_cpu.py`). All else takes the fused kernel.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] <= 512:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
