@@ -97,7 +97,8 @@ class AudioCodec(AudioTokenizer):
 
     def base_spec(self) -> TokenSpec:
         rate = self.sample_rate / self.hop_length
-        return TokenSpec(self.type_name, "audio", self.quantizer.codebook_sizes, frame_rate=rate)
+        quantizer = self.quantizer
+        return TokenSpec(self.type_name, "audio", quantizer.codebook_sizes, quantizer.level_strides, frame_rate=rate)
 
     def latent(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, 1, L), valid up to ``lengths`` (B,) samples -> z (B, T, D)."""

@@ -35,10 +35,17 @@ REQUIRED = {
     "tqdm": ("4.66", "5"),
     "torchmetrics": ("1.8", "2"),
 }
-EXTRAS = {"audio-metrics": ("pesq", "pystoi"), "lm": ("transformers", "tokenizers"), "data": ("av",)}
+EXTRAS = {
+    "fast": ("numba",),
+    "audio-metrics": ("pesq", "pystoi"),
+    "lm": ("transformers", "tokenizers"),
+    "data": ("av",),
+    "bench": ("vector-quantize-pytorch", "transformers", "faiss-cpu", "matplotlib"),
+}
 TESTED = {"torch": "2.11.0", "torchvision": "0.26.0", "torchaudio": "2.11.0"}
 PYTHON = "3.10"
-MODULES = {"pillow": "PIL"}  # import name where it differs from the package's
+# Import names where they differ from the package's.
+MODULES = {"pillow": "PIL", "vector-quantize-pytorch": "vector_quantize_pytorch", "faiss-cpu": "faiss"}
 TIMEOUT_S = 120
 GOLDEN_MISS = 0.02
 PIP = "python -m pip install"

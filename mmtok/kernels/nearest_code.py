@@ -1,37 +1,28 @@
-"""The code nearest to each vector, without ever writing the N x K matrix of distances.
+"""The code nearest to each vector: the argmin of exact arithmetic, without ever writing the N x K matrix of distances.
 
-Since |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x.c), the nearest code is the least of s = |c|^2 / 2 - x.c. Two things make
-that exact enough in fp32. Both x and c are first shifted by the codebook's mean, which changes no distance and removes
-the cancellation that a common offset causes (at mean 100, deviation 0.1 it decides 59 % of the codes wrongly). And the
-product does not depend on the global matmul precision: where that permits TF32 or bf16 (on CUDA by
-`torch.set_float32_matmul_precision("high")`, on some CPUs by "medium"), the operands are split into three bf16 parts
-whose products are exact, and six of the nine products are summed by one wider product. No global state is touched.
-
-Rows are scored in blocks that stay in cache, and `torch.min` finds the code: measured, it is 2.4 times faster than
-`torch.argmin` on a CPU and returns the lowest index on ties. While a graph is captured (torch.compile, torch.export)
-the number of rows may be symbolic, so the codebook is cut into blocks instead, with a running minimum.
+Since |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x.c), the nearest code is the least of s = |c|^2 / 2 - x.c. Both x and c are
+first shifted by the codebook's mean, which changes no distance and removes the cancellation that a common offset causes
+(at mean 100, deviation 0.1 it decides 59 % of the codes wrongly). Scores are then taken in fp32, whatever the autocast
+and the global matmul precision. A row keeps its code when its best two scores differ by more than a proved bound on
+their error; the others (0.01 to 1 % of real data) are searched again in fp64. So every implementation, batch size,
+thread count and device gives the same codes, those of fp64, and the lowest code on ties.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mmtok.kernels.dispatch import choose
+from mmtok.kernels.dispatch import choose, installed, over_rows
+from mmtok.kernels.row_search import RowSearch, unit
 
 METRICS = ("euclidean", "cosine")
-_TINY = 1e-30  # below this a vector has no direction
-_BLOCK_BYTES_CPU = 2 << 20  # scores of one row block: about one core's L2
-_BLOCK_BYTES_DEVICE = 128 << 20  # an accelerator needs enough rows to fill it
-# Which of the three bf16 parts of a row meets which of a code: the products above 2^-24 of the whole.
-_ROW_PARTS = (0, 0, 1, 0, 2, 1)
-_CODE_PARTS = (0, 1, 0, 2, 0, 1)
-_CAPTURED_BLOCKS = 16  # at most this many codebook blocks are unrolled into a captured graph
 
 
 def nearest_code_reference(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
-    """argmin_k |z_n - c_k|^2 in fp64, or argmax_k of the cosine; the lowest code on ties.
+    """argmin_k |z_n - c_k|^2 in fp64, or argmax_k of the cosine (0 for a zero vector); the lowest code on ties.
 
     Args:
         z: (N, D). codebook: (K, D). metric: ``euclidean`` or ``cosine``.
@@ -44,114 +35,88 @@ def nearest_code_reference(z: Tensor, codebook: Tensor, metric: str = "euclidean
         x, c = unit(x), unit(c)
     codes = x.new_empty(x.shape[0], dtype=torch.int64)
     for n in range(x.shape[0]):
-        codes[n] = (x[n] - c).square().sum(1).min(0).indices  # (K,)
+        distance = -(x[n] * c).sum(1) if metric == "cosine" else (x[n] - c).square().sum(1)  # (K,)
+        codes[n] = distance.min(0).indices
     return codes
 
 
 def nearest_code(z: Tensor, codebook: Tensor, metric: str = "euclidean", check_finite: bool = True) -> Tensor:
-    """The code whose codebook row is nearest to each row of z; scores in fp32 whatever the input type and autocast.
+    """The code whose codebook row is nearest to each row of z in exact arithmetic.
+
+    ``torch.compile`` keeps the call as one operator with the same codes, and so does ``torch.export(strict=True)``.
+    ``torch.export`` as such takes a form of plain torch ops, which runs where mmtok is not installed, with fp32-grade
+    scores but no second look in fp64: of two codes whose distances differ by less than 1e-6 it may take the other.
 
     Args:
         z: (N, D) floating point. codebook: (K, D), on the same device.
-        metric: ``euclidean``, or ``cosine`` (both sides are scaled to length 1 first).
-        check_finite: refuse NaN and infinity; costs one pass, and one synchronisation on an accelerator. It is skipped
-            while a graph is captured.
+        metric: ``euclidean``, or ``cosine`` (the direction decides; a zero vector has cosine 0 with everything).
+        check_finite: refuse NaN and infinity; costs one pass, and one synchronisation on an accelerator.
 
     Returns:
         codes (N,) int64, no gradient. On exact ties the lowest code.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, z is not finite, or the metric is unknown.
+        ValueError: shapes, types or devices do not fit, z or codebook is not finite, or the metric is unknown.
     """
     check_operands(z, codebook, metric)
+    if torch.compiler.is_dynamo_compiling():  # is_exporting() is true here as well, in torch 2.11
+        return _operator(z.detach(), codebook.detach(), metric, check_finite)
+    if torch.compiler.is_compiling() or z.device.type == "meta":
+        with torch.autocast(z.device.type, enabled=False):
+            return RowSearch(codebook, metric).nearest_captured(z.detach())
+    return _nearest_code(z, codebook, metric, check_finite)
+
+
+def _nearest_code(z: Tensor, codebook: Tensor, metric: str, check_finite: bool) -> Tensor:
     if check_finite:
         check_is_finite(z, "z")
-    if choose("nearest_code", ("torch", "reference")) == "reference":
+        check_is_finite(codebook, "codebook")
+    implementation = choose("nearest_code", implementations(z, codebook))
+    if implementation == "reference":
         return nearest_code_reference(z, codebook, metric)
+    z, codebook = z.detach(), codebook.detach()
+    if implementation == "triton":
+        from mmtok.kernels.triton import nearest_code as triton_kernel
+
+        return triton_kernel.nearest_code(z, codebook, metric)
+    codes = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
     with torch.autocast(z.device.type, enabled=False):
-        z, scorer = z.detach(), Scorer(codebook, metric)
-        if torch.compiler.is_compiling():
-            return scorer.nearest_captured(z)
-        codes = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
-        scores = scorer.buffer(z.shape[0])
-        for start in range(0, z.shape[0], len(scores)):
-            codes[start : start + len(scores)] = scorer.nearest(z[start : start + len(scores)], scores)
-        return codes
+        search = make_search(implementation, codebook, metric, z.shape[0])
+
+        def work(start: int, stop: int) -> None:
+            codes[start:stop] = search.nearest(z[start:stop])
+
+        over_rows(z.shape[0], work, cost=float(z.numel()) * codebook.shape[0], device=z.device)
+    return codes
 
 
-class Scorer:
-    """One codebook (K, D), shifted and squared once, ready to score blocks of rows.
-
-    The norms ride in the product, [x, 1] . [-c, |c|^2 / 2]: one pass over the scores less than adding them after it.
-    """
-
-    def __init__(self, codebook: Tensor, metric: str) -> None:
-        c = codebook.detach().float()
-        self.cosine = metric == "cosine"
-        if self.cosine:
-            c = unit(c)
-        self.centre = c.mean(0)  # (D,)
-        c = c - self.centre
-        c = torch.cat([-c, 0.5 * c.square().sum(1, keepdim=True)], 1)  # (K, D + 1)
-        # A captured graph does not see the setting change later, so it always takes the way that no setting touches.
-        self.split = torch.compiler.is_compiling() or reduced_precision(c.device.type)
-        if self.split:
-            c = _join_thirds(c, _CODE_PARTS)
-        self.codebook = c.T.contiguous()  # (D + 1 or 6 (D + 1), K)
-
-    def _shift(self, x: Tensor) -> Tensor:
-        x = x.float()
-        x = F.pad((unit(x) if self.cosine else x) - self.centre, (0, 1), value=1.0)  # (N, D + 1)
-        return _join_thirds(x, _ROW_PARTS) if self.split else x
-
-    def buffer(self, num_rows: int) -> Tensor:
-        """Room for the scores of one block of rows, to be used again for every block."""
-        K = self.codebook.shape[1]
-        rows = min(max(1, num_rows), block_rows(K, self.codebook.device))
-        return torch.empty(rows, K, device=self.codebook.device)
-
-    def nearest(self, x: Tensor, scores: Tensor) -> Tensor:
-        """x (n, D) -> codes (n,), n at most the rows of ``scores``, which is overwritten."""
-        return torch.mm(self._shift(x), self.codebook, out=scores[: x.shape[0]]).min(1).indices
-
-    def nearest_captured(self, x: Tensor) -> Tensor:
-        """The same with N symbolic: blocks of the codebook, whose size is known, and a running minimum."""
-        x, K = self._shift(x), self.codebook.shape[1]
-        block = max(256, -(-K // _CAPTURED_BLOCKS))
-        best, codes = torch.mm(x, self.codebook[:, :block]).min(1)
-        for start in range(block, K, block):
-            score, code = torch.mm(x, self.codebook[:, start : start + block]).min(1)
-            codes = torch.where(score < best, code + start, codes)  # strict: the lower code keeps a tie
-            best = torch.minimum(score, best)
-        return codes
+_operator = torch.library.custom_op("mmtok::nearest_code", _nearest_code, mutates_args=())
 
 
-def block_rows(codebook_size: int, device: torch.device) -> int:
-    """Rows whose scores against ``codebook_size`` codes fill one block."""
-    budget = _BLOCK_BYTES_CPU if device.type == "cpu" else _BLOCK_BYTES_DEVICE
-    return max(1, budget // (4 * codebook_size))
+@_operator.register_fake
+def _(z: Tensor, codebook: Tensor, metric: str, check_finite: bool) -> Tensor:
+    return z.new_empty(z.shape[0], dtype=torch.int64)
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows scaled to length 1; a zero row stays zero."""
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+def implementations(z: Tensor, codebook: Tensor) -> tuple[str, ...]:
+    """What can search these rows, the fastest first."""
+    if z.device.type == "cpu" and installed("numba"):
+        return ("numba", "torch", "reference")
+    if z.device.type == "cuda" and installed("triton"):
+        from mmtok.kernels.triton import nearest_code as triton_kernel
+
+        if triton_kernel.supported(z, codebook):
+            return ("triton", "torch", "reference")
+    return ("torch", "reference")
 
 
-def reduced_precision(device_type: str) -> bool:
-    """Whether an fp32 product on such a device may be computed in TF32 or bf16 under the present global settings."""
-    if device_type == "cuda":
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if device_type == "cpu":
-        return torch.backends.mkldnn.matmul.fp32_precision in ("bf16", "tf32")  # type: ignore[attr-defined]
-    return False
+def make_search(implementation: str, codebook: Tensor, metric: str, num_rows: int) -> Any:
+    """An object whose ``nearest(x (n, D))`` gives codes (n,), from several threads at once."""
+    if implementation == "numba":
+        from mmtok.kernels.numba.nearest_code import CompiledSearch
 
-
-def _join_thirds(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """x (n, D) = high + middle + low of 8 bits each, whose products are exact in any mode; set side by side."""
-    high = x.bfloat16().float()
-    middle = (x - high).bfloat16().float()
-    thirds = (high, middle, (x - high - middle).bfloat16().float())
-    return torch.cat([thirds[i] for i in order], 1)
+        return CompiledSearch(codebook, metric, num_rows)
+    return RowSearch(codebook, metric)
 
 
 def check_operands(z: Tensor, codebook: Tensor, metric: str) -> None:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from mmtok.quantizers.base import Quantized, Quantizer
-from mmtok.quantizers.binary import BinaryQuantizer
+from mmtok.quantizers.binary import BinaryQuantizer, BinarySphericalQuantizer, LookupFreeQuantizer
 from mmtok.quantizers.codebook import Codebook
 from mmtok.quantizers.fsq import FiniteScalarQuantizer
+from mmtok.quantizers.grouped import GroupedResidualVectorQuantizer
+from mmtok.quantizers.per_dimension import PerDimensionQuantizer
+from mmtok.quantizers.product import ProductQuantizer
+from mmtok.quantizers.random_projection import RandomProjectionQuantizer
+from mmtok.quantizers.rfsq import ResidualFiniteScalarQuantizer
 from mmtok.quantizers.rvq import ResidualVectorQuantizer
+from mmtok.quantizers.simvq import SimVectorQuantizer
+from mmtok.quantizers.split import SplitResidualVectorQuantizer
+from mmtok.quantizers.strided import StridedResidualVectorQuantizer
 from mmtok.quantizers.vq import VectorQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,
     "rvq": ResidualVectorQuantizer,
+    "grouped_rvq": GroupedResidualVectorQuantizer,
+    "split_rvq": SplitResidualVectorQuantizer,
+    "strided_rvq": StridedResidualVectorQuantizer,
     "fsq": FiniteScalarQuantizer,
     "binary": BinaryQuantizer,
+    "rfsq": ResidualFiniteScalarQuantizer,
+    "lfq": LookupFreeQuantizer,
+    "bsq": BinarySphericalQuantizer,
+    "simvq": SimVectorQuantizer,
+    "random_projection": RandomProjectionQuantizer,
+    "pq": ProductQuantizer,
+    "per_dimension": PerDimensionQuantizer,
 }
 
 
@@ -36,11 +54,21 @@ def build_quantizer(config: dict) -> Quantizer:
 __all__ = [
     "QUANTIZERS",
     "BinaryQuantizer",
+    "BinarySphericalQuantizer",
     "Codebook",
     "FiniteScalarQuantizer",
+    "GroupedResidualVectorQuantizer",
+    "LookupFreeQuantizer",
+    "PerDimensionQuantizer",
+    "ProductQuantizer",
     "Quantized",
     "Quantizer",
+    "RandomProjectionQuantizer",
+    "ResidualFiniteScalarQuantizer",
     "ResidualVectorQuantizer",
+    "SimVectorQuantizer",
+    "SplitResidualVectorQuantizer",
+    "StridedResidualVectorQuantizer",
     "VectorQuantizer",
     "build_quantizer",
 ]

@@ -24,12 +24,19 @@ class Quantized:
         stats: ``usage``, ``perplexity`` and ``dead_share`` (Q,) from this batch's counts (see
             `mmtok.kernels.codebook_stats.usage_perplexity`; of this process, not of all ranks), and each loss term
             before its weight, scalar; all detached.
+        z_q_first: (B, T, D) what the first level alone decodes to, with its gradient, 0 at masked positions: what a
+            semantic loss on the first level takes. Left out, it is z_q itself (schemes with one codebook).
     """
 
     z_q: Tensor
     codes: Tensor
     loss: Tensor
     stats: dict[str, Tensor]
+    z_q_first: Tensor = None  # type: ignore[assignment]  # never None after construction
+
+    def __post_init__(self) -> None:
+        if self.z_q_first is None:
+            self.z_q_first = self.z_q
 
 
 class Quantizer(nn.Module, abc.ABC):
@@ -62,6 +69,11 @@ class Quantizer(nn.Module, abc.ABC):
     def num_codebooks(self) -> int:
         return len(self.codebook_sizes)
 
+    @property
+    def level_strides(self) -> tuple[int, ...]:
+        """Level q has a new code at every level_strides[q]-th position and repeats it between: `TokenSpec` takes it."""
+        return (1,) * self.num_codebooks
+
     def forward(self, z: Tensor, mask: Tensor | None = None, num_codebooks: int | None = None) -> Quantized:
         """Quantize; in training mode also update codebooks that learn from statistics.
 
@@ -75,32 +87,38 @@ class Quantizer(nn.Module, abc.ABC):
         """
         self._check_levels(num_codebooks)
         self._check_shape(z)
-        if mask is not None:
-            if mask.shape != z.shape[:2] or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"mask: expected bool of shape {tuple(z.shape[:2])} (true = valid), "
-                    f"got {mask.dtype} of shape {tuple(mask.shape)}"
-                )
-            z = torch.where(mask[..., None], z, 0.0)
+        z = _masked(z, mask)
         check_is_finite(z, "z")
         with torch.autocast(z.device.type, enabled=False):
             out = self._quantize(z.float(), mask, num_codebooks)
         if mask is not None:
+            single = out.z_q_first is out.z_q
             out.z_q = torch.where(mask[..., None], out.z_q, 0.0)
+            out.z_q_first = out.z_q if single else torch.where(mask[..., None], out.z_q_first, 0.0)
             out.codes = torch.where(mask[:, None], out.codes, 0)
         return out
 
-    def encode(self, z: Tensor, num_codebooks: int | None = None) -> Tensor:
+    def encode(self, z: Tensor, num_codebooks: int | None = None, mask: Tensor | None = None) -> Tensor:
         """z (B, T, D) -> codes (B, Q', T) int64; the first k levels do not depend on how many are asked for.
+
+        Args:
+            z, num_codebooks, mask: as `forward`. Only a quantizer whose codes span several positions needs the mask for
+                anything but zeros at masked positions.
 
         Raises:
             ValueError: as `forward`.
         """
         num_codebooks = self._check_levels(num_codebooks)
         self._check_shape(z)
+        z = _masked(z, mask)
         check_is_finite(z, "z")
         with torch.autocast(z.device.type, enabled=False):
-            return self._encode(z.float(), num_codebooks)
+            codes = self._encode_masked(z.float(), mask, num_codebooks)
+        return codes if mask is None else torch.where(mask[:, None], codes, 0)
+
+    def _encode_masked(self, z: Tensor, mask: Tensor | None, num_codebooks: int) -> Tensor:
+        """`_encode`, for schemes whose codes of valid positions depend on which others are valid."""
+        return self._encode(z, num_codebooks)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, Q', T) int64, any 1 <= Q' <= Q levels from the first -> z_q (B, T, D) fp32.
@@ -148,6 +166,22 @@ class Quantizer(nn.Module, abc.ABC):
             return t.to(moved.device) if moved.dtype != t.dtype else moved
 
         return super()._apply(keep_type, recurse)
+
+
+def _masked(z: Tensor, mask: Tensor | None) -> Tensor:
+    """z (B, T, D) with 0 where mask (B, T) is false.
+
+    Raises:
+        ValueError: the mask is not bool of that shape.
+    """
+    if mask is None:
+        return z
+    if mask.shape != z.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask: expected bool of shape {tuple(z.shape[:2])} (true = valid), "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    return torch.where(mask[..., None], z, 0.0)
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Binary quantizer: a code is a group of bits, each the sign of one number; no codebook is looked up."""
+"""Binary quantizers: a code is a group of bits, each the sign of one number; no codebook is looked up."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mmtok.kernels.binary_codes import MAX_JOINT_BITS, binary_entropy, binary_entropy_grouped, pack_bits, unpack_bits
+from mmtok.kernels.binary_codes import (
+    MAX_CODE_BITS,
+    MAX_JOINT_BITS,
+    binary_entropy,
+    binary_entropy_grouped,
+    pack_bits,
+    sign_pack,
+    unpack_bits,
+)
 from mmtok.quantizers.base import Quantized, Quantizer, level_stats, masked_mean, straight_through, valid_levels
+from mmtok.quantizers.linear import ExactLinear
 
 KINDS = ("bernoulli", "sign", "spherical")
+ENTROPIES = ("joint", "grouped")
+_GROUP_BITS = 8
 _ENTROPY_WEIGHT = {"bernoulli": 0.0, "sign": 0.1, "spherical": 0.1}  # what each scheme's own recipe has
 
 
@@ -26,9 +37,13 @@ class BinaryQuantizer(Quantizer):
 
     Entropy loss, in nats a bit: (mean entropy of the soft codes - diversity_weight * entropy of their mean) / num_bits:
     each vector sure of its code, all codes used alike. The soft code of ``sign`` and ``spherical`` is the softmax over
-    all codes c of -|l - c|^2 / temperature, that of ``bernoulli`` its own distribution. Up to 20 bits the second
-    entropy is exact; above, it is summed over groups of ``entropy_group_bits`` (an upper bound). Under several ranks
-    each rank takes the entropy of its own part of the batch.
+    all codes c of -|l - c|^2 / temperature, that of ``bernoulli`` its own distribution. The second entropy is
+
+    * ``joint``: that of all 2^num_bits codes, exact (LFQ eq. 5, BSQ eq. 8); for at most 24 bits.
+    * ``grouped``: the sum over groups of ``entropy_group_bits`` consecutive bits, for any number of bits. It is an
+      upper bound of the joint one and does not see what bits of different groups have in common.
+
+    Under several ranks each rank takes the entropy of its own part of the batch.
 
     A prefix of the levels decodes: the bits it does not tell contribute nothing.
 
@@ -38,7 +53,11 @@ class BinaryQuantizer(Quantizer):
         temperature: a plain attribute, so that a training schedule can set it; > 0.
         entropy_weight: None = 0.1 for ``sign`` and ``spherical``, 0 for ``bernoulli``.
         diversity_weight: see above. commitment_weight: of the commitment. init_std: of the ``bernoulli`` table.
-        entropy_group_bits: 1..20, used when num_bits > 20.
+        entropy: ``joint`` or ``grouped``; None = ``grouped`` where entropy_group_bits is named, else ``joint``.
+        entropy_group_bits: 1..24, for ``grouped``; None = 8 there.
+
+    Raises:
+        ValueError: an argument out of range; more than 24 bits with a weighted ``joint`` entropy.
     """
 
     def __init__(
@@ -52,26 +71,33 @@ class BinaryQuantizer(Quantizer):
         diversity_weight: float = 1.0,
         commitment_weight: float = 0.25,
         init_std: float = 0.02,
-        entropy_group_bits: int = 8,
+        entropy: str | None = None,
+        entropy_group_bits: int | None = None,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        if not 1 <= bits_per_code <= MAX_JOINT_BITS or num_bits < 1 or num_bits % bits_per_code:
+        if not 1 <= bits_per_code <= MAX_CODE_BITS or num_bits < 1 or num_bits % bits_per_code:
             raise ValueError(
-                f"expected bits_per_code in 1..{MAX_JOINT_BITS} that divides num_bits, "
+                f"expected bits_per_code in 1..{MAX_CODE_BITS} that divides num_bits, "
                 f"got {bits_per_code} and {num_bits}"
             )
         if temperature <= 0:
             raise ValueError(f"temperature: expected > 0, got {temperature}")
+        if entropy is None:
+            entropy = "joint" if entropy_group_bits is None else "grouped"
+        if entropy == "grouped" and entropy_group_bits is None:
+            entropy_group_bits = min(num_bits, _GROUP_BITS)
+        entropy_weight = _ENTROPY_WEIGHT[kind] if entropy_weight is None else entropy_weight
+        _check_entropy(entropy, entropy_group_bits, num_bits, entropy_weight)
         self.dim, self.num_bits, self.bits_per_code, self.kind = dim, num_bits, bits_per_code, kind
         self.codebook_sizes = (2**bits_per_code,) * (num_bits // bits_per_code)
         self.temperature = temperature
-        self.entropy_weight = _ENTROPY_WEIGHT[kind] if entropy_weight is None else entropy_weight
+        self.entropy_weight, self.entropy = entropy_weight, entropy
         self.diversity_weight, self.commitment_weight = diversity_weight, commitment_weight
         self.init_std, self.entropy_group_bits = init_std, entropy_group_bits
         self.amplitude = 1 / math.sqrt(num_bits) if kind == "spherical" else 1.0
-        self.project_in = nn.Linear(dim, num_bits)
+        self.project_in = ExactLinear(dim, num_bits)
         if kind == "bernoulli":
             self.embed = nn.Parameter(init_std * torch.randn(num_bits, dim))
         else:
@@ -79,7 +105,7 @@ class BinaryQuantizer(Quantizer):
 
     def config(self) -> dict:
         names = "dim num_bits kind bits_per_code temperature entropy_weight diversity_weight commitment_weight"
-        values = {name: getattr(self, name) for name in f"{names} init_std entropy_group_bits".split()}
+        values = {name: getattr(self, name) for name in f"{names} init_std entropy entropy_group_bits".split()}
         return {"type": "binary", **values}
 
     def bits(self, codes: Tensor) -> Tensor:
@@ -118,15 +144,15 @@ class BinaryQuantizer(Quantizer):
             p = torch.sigmoid(logits)
             sure = torch.sigmoid(logits.detach() / self.temperature)
             bits = torch.rand_like(sure) < sure if self.training else logits > 0
+            codes = self.codes_from_bits(bits)
             values = straight_through(p, self._values(bits))
             commitment = masked_mean(p * (1 - p), mask)
             soft = logits / self.temperature
         else:
-            bits = logits > 0
-            values = straight_through(logits, self._values(bits))
+            codes = self._codes(logits)
+            values = straight_through(logits, self._values(logits > 0))
             commitment = masked_mean((logits - values.detach()).square(), mask)
             soft = logits * (4 * self.amplitude / self.temperature)  # |l + a|^2 - |l - a|^2 = 4 a l
-        codes = self.codes_from_bits(bits)
         stats = {"commitment_loss": commitment.detach()}
         loss = self.commitment_weight * commitment
         if self.entropy_weight:
@@ -134,20 +160,95 @@ class BinaryQuantizer(Quantizer):
             stats |= {"sample_entropy": sample.detach(), "codebook_entropy": codebook.detach()}
             loss = loss + self.entropy_weight * (sample - self.diversity_weight * codebook)
         stats |= level_stats(codes, self.codebook_sizes[0], valid_levels(codes, mask))
-        return Quantized(self._embed(values), codes, loss, stats)
+        z_q, first = self._embed(values), values[..., : self.bits_per_code]
+        return Quantized(z_q, codes, loss, stats, z_q if n == self.bits_per_code else self._embed(first))
 
     def _entropies(self, soft: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both entropies in nats a bit, from the log-odds (B, T, n)."""
         n = soft.shape[-1]
         rows, valid = soft.flatten(0, 1), None if mask is None else mask.flatten()
-        if n <= MAX_JOINT_BITS:
+        if self.entropy_group_bits is None:
             sample, codebook = binary_entropy(rows, valid)
         else:
             sample, codebook = binary_entropy_grouped(rows, valid, self.entropy_group_bits)
         return sample / n, codebook / n
 
     def _encode(self, z: Tensor, num_codebooks: int) -> Tensor:
-        return self.codes_from_bits(self._logits(z)[..., : num_codebooks * self.bits_per_code] > 0)
+        return self._codes(self._logits(z)[..., : num_codebooks * self.bits_per_code])
+
+    def _codes(self, logits: Tensor) -> Tensor:
+        """(B, T, Q' * bits_per_code) -> (B, Q', T), bit = [logit > 0]."""
+        return sign_pack(logits, self.bits_per_code).transpose(1, 2).contiguous()
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self._embed(self._values(self.bits(codes)))
+
+
+class LookupFreeQuantizer(BinaryQuantizer):
+    """LFQ (arXiv 2310.05737, section 3.1): the `BinaryQuantizer` of kind ``sign``, as one code of num_bits bits.
+
+    Args:
+        bits_per_code: None = num_bits, at most 20; more bits are several codes.
+        The others: as `BinaryQuantizer`. entropy_weight and commitment_weight are those of the paper's recipe.
+    """
+
+    kind_name = "sign"
+    type_name = "lfq"
+
+    def __init__(
+        self,
+        dim: int,
+        num_bits: int,
+        bits_per_code: int | None = None,
+        temperature: float = 0.1,
+        entropy_weight: float = 0.1,
+        diversity_weight: float = 1.0,
+        commitment_weight: float = 0.25,
+        entropy: str | None = None,
+        entropy_group_bits: int | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_bits,
+            self.kind_name,
+            num_bits if bits_per_code is None else bits_per_code,
+            temperature,
+            entropy_weight,
+            diversity_weight,
+            commitment_weight,
+            entropy=entropy,
+            entropy_group_bits=entropy_group_bits,
+        )
+
+    def config(self) -> dict:
+        values = super().config() | {"type": self.type_name}
+        del values["kind"], values["init_std"]  # the scheme's own name says the kind; the table of bits is not there
+        return values
+
+
+class BinarySphericalQuantizer(LookupFreeQuantizer):
+    """BSQ (arXiv 2406.07548): the `BinaryQuantizer` of kind ``spherical``, as one code of num_bits bits.
+
+    The numbers are scaled to length 1, as are the codes, so the distance between them stays below sqrt(2) whatever
+    num_bits. Args: as `LookupFreeQuantizer`.
+    """
+
+    kind_name = "spherical"
+    type_name = "bsq"
+
+
+def _check_entropy(entropy: str, group_bits: int | None, num_bits: int, weight: float) -> None:
+    if entropy not in ENTROPIES:
+        raise ValueError(f"entropy: expected one of {', '.join(ENTROPIES)}, got {entropy!r}")
+    if entropy == "joint" and group_bits is not None:
+        raise ValueError(
+            f'entropy_group_bits: expected None with entropy="joint", got {group_bits}; '
+            f'pass entropy="grouped" for an entropy by groups'
+        )
+    if group_bits is not None and not 1 <= group_bits <= MAX_JOINT_BITS:
+        raise ValueError(f"entropy_group_bits: expected 1..{MAX_JOINT_BITS}, got {group_bits}")
+    if entropy == "joint" and num_bits > MAX_JOINT_BITS and weight:
+        raise ValueError(
+            f"num_bits: expected at most {MAX_JOINT_BITS} for the joint entropy, got {num_bits}; "
+            f'pass entropy="grouped" (an upper bound, see the class), or entropy_weight=0'
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ class Codebook(nn.Module):
     the present global batch. Their cluster_size is set to that mean and their codebook_sum to match: the next update
     would otherwise put the old code back. A revived code that wins nothing is dead again after
     log(threshold) / log(decay) steps (229 for 0.1 and 0.99).
+
+    The averages move at every forward pass in training mode. With gradient accumulation that is once a micro-batch, so
+    ``decay`` holds per micro-batch: n of them forget as decay^n in one optimizer step.
 
     Args:
         size: K. dim: D. metric: ``euclidean`` or ``cosine``, for the choice of the code only: codes keep their length.
@@ -102,33 +106,63 @@ class Codebook(nn.Module):
             self.initialized.fill_(True)
         self._ready = True
 
-    @torch.no_grad()
     def update(self, x: Tensor, codes: Tensor, valid: Tensor) -> None:
         """Move the averages by the valid rows of x (N, D) with codes (N,), over all ranks; then revive dead codes."""
-        counts, sums = codebook_stats(x, codes, self.cluster_size.shape[0], valid)
-        step = sum_over_ranks(torch.cat([counts[:, None], sums], 1))  # (K, 1 + D), one collective
-        counts, sums = step[:, 0], step[:, 1:]
-        if not bool(counts.sum() > 0):
-            return
-        self.cluster_size.lerp_(counts, 1 - self.decay)
+        update_codebooks([(self, x, codes, valid)])
+
+    def move(self, counts: Tensor, sums: Tensor) -> None:
+        """Move the averages by one step's counts (K,) and vector sums (K, D); nothing changes if counts are all 0.
+
+        Without a branch on the counts, which would make the host wait for the device.
+        """
+        some = counts.sum() > 0
+        weight = torch.where(some, 1 - self.decay, 0.0).to(counts.dtype)
+        self.cluster_size.lerp_(counts, weight)
         if self.learning == "ema":
-            self.codebook_sum.lerp_(sums, 1 - self.decay)
-            used = self.cluster_size[:, None] > 1e-6  # below, a quotient of two almost-zeros says nothing
+            self.codebook_sum.lerp_(sums, weight)
+            used = some & (self.cluster_size[:, None] > 1e-6)  # below, a quotient of two almost-zeros says nothing
             mean = self.codebook_sum / self.cluster_size[:, None].clamp_min(1e-6)
             self.codebook.copy_(torch.where(used, mean, self.codebook))
-        if self.dead_code_threshold > 0:
-            self._revive(x, valid)
 
-    def _revive(self, x: Tensor, valid: Tensor) -> None:
+    def dead(self) -> Tensor:
+        """(K,) bool: codes to revive; none before the first update, and none where the threshold is 0."""
+        return self.cluster_size < self.dead_code_threshold * self.cluster_size.mean()
+
+    def revive(self, rows: Tensor, dead: Tensor, num_dead: int) -> None:
+        """Put the ``num_dead`` codes where ``dead`` (K,) on random ones of rows (N, D), the same on every rank."""
+        fresh = from_rank_zero(draw_rows(rows, num_dead))
         mean_size = self.cluster_size.mean()
-        dead = (self.cluster_size < self.dead_code_threshold * mean_size).nonzero()[:, 0]  # the same on every rank
-        if dead.numel() == 0:
-            return
-        fresh = from_rank_zero(draw_rows(gather_rows(x.detach()[valid]), dead.numel()))
         self.codebook[dead] = fresh
         self.cluster_size[dead] = mean_size
         if self.learning == "ema":
             self.codebook_sum[dead] = fresh * mean_size
+
+
+@torch.no_grad()
+def update_codebooks(steps: Sequence[tuple[Codebook, Tensor, Tensor, Tensor]]) -> None:
+    """Update several codebooks of one K and D at once: one collective for all of them, and one wait for the device.
+
+    The wait reads how many codes of each are dead, which is the same on every rank, since the averages are. Only a
+    codebook that has dead codes then gathers this step's vectors and draws from them: in a healthy training that is
+    rare. A draw of fixed size could do without the wait, but would send K vectors a rank and level in every step.
+
+    Args:
+        steps: for each codebook: itself, x (N, D), codes (N,) and valid (N,) bool; N may differ between them.
+    """
+    parts = []
+    for book, x, codes, valid in steps:
+        counts, sums = codebook_stats(x, codes, book.cluster_size.shape[0], valid)
+        parts.append(torch.cat([counts[:, None], sums], 1))
+    totals = sum_over_ranks(torch.stack(parts))  # (number of codebooks, K, 1 + D)
+    for (book, *_), total in zip(steps, totals, strict=True):
+        book.move(total[:, 0], total[:, 1:])
+    if all(book.dead_code_threshold == 0 for book, *_ in steps):
+        return
+    some = totals[..., 0].sum(1, keepdim=True) > 0  # a step without a valid vector has nothing to revive with
+    dead = torch.stack([book.dead() for book, *_ in steps]) & some
+    for (book, x, _, valid), where, num_dead in zip(steps, dead, dead.sum(1).tolist(), strict=True):
+        if num_dead:
+            book.revive(gather_rows(x.detach()[valid]), where, num_dead)
 
 
 def _look_again(book: nn.Module, incompatible_keys: object) -> None:

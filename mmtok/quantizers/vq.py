@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmtok.quantizers.base import Quantized, Quantizer, level_stats, masked_mean, straight_through, valid_levels
+from mmtok.quantizers.base import Quantized, Quantizer, level_stats, masked_mean, valid_levels
 from mmtok.quantizers.codebook import Codebook
+from mmtok.quantizers.gradient import check_gradient, choose_gradient
+from mmtok.quantizers.linear import ExactLinear
 
 
 class VectorQuantizer(Quantizer):
@@ -22,7 +24,9 @@ class VectorQuantizer(Quantizer):
         codebook: ``ema`` (moving averages) or ``gradient`` (a parameter that learns from the codebook loss).
         decay, kmeans_init, dead_code_threshold: see `Codebook`. The threshold is relative to the mean use of a code.
         commitment_weight: of mean |h - sg(e)|^2, h = z or its projection.
-        codebook_weight: of mean |sg(h) - e|^2, for ``gradient`` only.
+        codebook_weight: of mean |sg(h) - e|^2, for ``codebook="gradient"`` only.
+        gradient: how it passes from the code to h: ``straight_through``, or ``rotation`` (arXiv 2410.06424), see
+            `mmtok.quantizers.gradient`.
     """
 
     def __init__(
@@ -37,13 +41,15 @@ class VectorQuantizer(Quantizer):
         codebook_weight: float = 1.0,
         kmeans_init: bool = True,
         dead_code_threshold: float = 0.1,
+        gradient: str = "straight_through",
     ) -> None:
         super().__init__()
+        check_gradient(gradient)
         self.dim, self.codebook_sizes = dim, (codebook_size,)
-        self.codebook_dim = codebook_dim
+        self.codebook_dim, self.gradient = codebook_dim, gradient
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
-        self.project_in = nn.Identity() if codebook_dim is None else nn.Linear(dim, codebook_dim)
-        self.project_out = nn.Identity() if codebook_dim is None else nn.Linear(codebook_dim, dim)
+        self.project_in = nn.Identity() if codebook_dim is None else ExactLinear(dim, codebook_dim)
+        self.project_out = nn.Identity() if codebook_dim is None else ExactLinear(codebook_dim, dim)
         self.book = Codebook(
             codebook_size, codebook_dim or dim, metric, codebook, decay, kmeans_init, dead_code_threshold
         )
@@ -61,6 +67,7 @@ class VectorQuantizer(Quantizer):
             "codebook_weight": self.codebook_weight,
             "kmeans_init": self.book.kmeans_init,
             "dead_code_threshold": self.book.dead_code_threshold,
+            "gradient": self.gradient,
         }
 
     def _quantize(self, z: Tensor, mask: Tensor | None, num_codebooks: int | None) -> Quantized:
@@ -79,7 +86,7 @@ class VectorQuantizer(Quantizer):
         if self.book.learning == "gradient":
             loss = loss + self.codebook_weight * codebook
             stats["codebook_loss"] = codebook.detach()
-        z_q = self.project_out(straight_through(h, e))
+        z_q = self.project_out(choose_gradient(h, e, self.gradient))
         if self.training:
             self.book.update(flat, codes, valid)
         codes = codes.view(B, 1, T)

@@ -31,6 +31,7 @@ WHOLE = {
     "triton": "3.6.0",
     "pesq": "0.0.4",
     "pystoi": "0.4.1",
+    "numba": "0.68.1",
 }
 MEND = 'python -m pip install "torch==2.11.0" "torchvision==0.26.0" "torchaudio==2.11.0"'
 
@@ -46,6 +47,7 @@ def test_a_whole_set_has_nothing_broken_and_names_the_missing_extras():
     assert notes == {
         "extra lm": "python -m pip install 'mmtok[lm]'",
         "extra data": "python -m pip install 'mmtok[data]'",
+        "extra bench": "python -m pip install 'mmtok[bench]'",
     }
 
 

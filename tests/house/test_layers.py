@@ -39,7 +39,10 @@ RANKS = {
 INSIDE_FUNCTIONS = {
     *("torchaudio", "torchvision", "triton", "soundfile", "pesq", "pystoi", "transformers", "tokenizers", "PIL", "av"),
     *("torchmetrics", "timm", "huggingface_hub", "scipy", "matplotlib", "pandas", "skimage"),
+    *("numba", "llvmlite", "faiss", "vector_quantize_pytorch"),
 }
+# Compiled kernels live in a folder of their own, imported when such a kernel runs.
+COMPILED = {"triton": {"triton"}, "numba": {"numba", "llvmlite"}}
 
 
 def part_of(path: Path) -> str:
@@ -131,20 +134,22 @@ def test_the_check_itself_sees_wrong_imports(file: str, code: str, refused: bool
     assert bool(wrong_imports(PACKAGE / file, ast.parse(code))) == refused
 
 
-def test_only_triton_kernels_import_triton():
-    folder = PACKAGE / "kernels" / "triton"
+@pytest.mark.parametrize("compiler", COMPILED)
+def test_only_compiled_kernels_import_their_compiler(compiler):
+    folder = PACKAGE / "kernels" / compiler
+    assert python_files(f"mmtok/kernels/{compiler}")
     for path in python_files("mmtok", "recipes"):
         if folder in path.parents:
             continue
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.stmt) and "triton" in imported_packages(node):
-                pytest.fail(f"{short(path)}:{node.lineno} imports triton: only kernels/triton does")
+            if isinstance(node, ast.stmt) and COMPILED[compiler] & imported_packages(node):
+                pytest.fail(f"{short(path)}:{node.lineno} imports {compiler}: only kernels/{compiler} does")
 
 
 def test_heavy_packages_are_imported_inside_functions():
     wrong = []
     for path in python_files("mmtok"):
-        allowed = {"triton"} if PACKAGE / "kernels" / "triton" in path.parents else set()
+        allowed = next((COMPILED[c] for c in COMPILED if PACKAGE / "kernels" / c in path.parents), set())
         for node in top_level(tree(path)):
             found = imported_packages(node) & INSIDE_FUNCTIONS - allowed
             wrong += [f"{short(path)}:{node.lineno}: {name}" for name in sorted(found)]

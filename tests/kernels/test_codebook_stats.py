@@ -29,6 +29,23 @@ def test_masked_rows_may_hold_anything():
     assert counts.tolist() == [1, 1] and sums.tolist() == [[1], [5]]
 
 
+def test_a_compiled_graph_is_captured_whole():
+    torch.manual_seed(0)
+    z, codes, mask = torch.randn(40, 3), torch.randint(0, 7, (40,)), torch.rand(40) < 0.8
+    compiled = torch.compile(codebook_stats, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(z, codes, 7, mask), codebook_stats(z, codes, 7, mask), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_repeated_runs_agree_bitwise():
+    torch.manual_seed(0)
+    z, codes = torch.randn(20000, 8), torch.randint(0, 3, (20000,))
+    counts, sums = codebook_stats(z, codes, 3)
+    for _ in range(3):
+        again = codebook_stats(z, codes, 3)
+        assert torch.equal(again[0], counts) and torch.equal(again[1], sums)
+
+
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"expected z \(N, D\), codes \(N,\)"):
         codebook_stats(torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64), 5)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mmtok.kernels.binary_codes import unpack_bits
-from mmtok.quantizers import BinaryQuantizer
+from mmtok.quantizers import BinaryQuantizer, BinarySphericalQuantizer, LookupFreeQuantizer, build_quantizer
 
 
-def make(kind: str, num_bits: int = 6, bits_per_code: int = 3, **options: float) -> BinaryQuantizer:
+def make(kind: str, num_bits: int = 6, bits_per_code: int = 3, **options: float | str) -> BinaryQuantizer:
     torch.manual_seed(0)
     return BinaryQuantizer(5, num_bits, kind, bits_per_code, **options)  # type: ignore[arg-type]
 
@@ -116,12 +116,66 @@ def test_entropy_loss_spreads_the_codes():
     assert before < 5 and after > 20
 
 
-def test_many_bits_use_groups():
-    quantizer = make("sign", num_bits=64, bits_per_code=8)
-    out = quantizer(torch.randn(2, 20, 5))
-    assert 0 < float(out.stats["codebook_entropy"]) <= math.log(2) + 1e-6
-    out.loss.backward()
-    assert quantizer.project_in.weight.grad is not None
+@pytest.mark.parametrize("kind", ["sign", "spherical"])
+def test_64_bits_train_by_groups(kind):
+    quantizer = make(kind, 64, 16, entropy="grouped")
+    z = torch.randn(2, 40, 5) + 2
+    first = quantizer(z)
+    assert first.codes.shape == (2, 4, 40) and 0 < float(first.stats["codebook_entropy"]) <= math.log(2) + 1e-6
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.01)
+    for _ in range(20):
+        optimizer.zero_grad()
+        out = quantizer(z)
+        (out.loss + (out.z_q - z).square().mean()).backward()
+        optimizer.step()
+    after = quantizer(z)
+    before_error, error = ((out.z_q.detach() - z).square().mean() for out in (first, after))
+    assert float(after.loss.detach()) < float(first.loss.detach()) and float(error) < 0.7 * float(before_error)
+
+
+def test_grouped_entropy_is_an_upper_bound_of_the_joint_one():
+    z = torch.randn(2, 200, 5)
+    joint = make("sign", 12, 4)
+    loose, tight = (make("sign", 12, 4, entropy="grouped", entropy_group_bits=n) for n in (2, 12))
+    values = [float(q(z).stats["codebook_entropy"]) for q in (joint, tight, loose)]
+    assert values[0] == pytest.approx(values[1], abs=1e-5) and values[2] > values[0] + 0.1
+    assert float(joint(z).stats["sample_entropy"]) == pytest.approx(float(loose(z).stats["sample_entropy"]), abs=1e-6)
+
+
+def test_which_entropy_is_never_switched_silently():
+    for kind in ("sign", "spherical"):
+        with pytest.raises(ValueError, match='at most 24 for the joint entropy, got 32; pass entropy="grouped"'):
+            make(kind, 32, 8)
+    make("bernoulli", 32, 8)  # its entropy weighs nothing
+    make("sign", 32, 8, entropy_weight=0.0)
+    assert make("sign", 20, 10).entropy == "joint"
+    assert make("sign", 24, 8, entropy="grouped").entropy_group_bits == 8
+    assert make("sign", 4, 4, entropy="grouped").entropy_group_bits == 4
+    named = make("sign", 24, 8, entropy_group_bits=6)  # as configurations from before there was a choice
+    assert named.config()["entropy"] == "grouped" and named.config()["entropy_group_bits"] == 6
+    with pytest.raises(ValueError, match='expected None with entropy="joint", got 6'):
+        make("sign", 12, 4, entropy="joint", entropy_group_bits=6)
+    with pytest.raises(ValueError, match=r"entropy_group_bits: expected 1\.\.24, got 25"):
+        make("sign", 64, 8, entropy_group_bits=25)
+    with pytest.raises(ValueError, match="entropy: expected one of joint, grouped"):
+        make("sign", entropy="exact")
+
+
+@pytest.mark.parametrize("scheme", [LookupFreeQuantizer, BinarySphericalQuantizer])
+def test_lfq_and_bsq_are_the_binary_quantizer_by_name(scheme):
+    torch.manual_seed(0)
+    quantizer = scheme(5, 6, temperature=0.3).eval()
+    assert quantizer.codebook_sizes == (64,)
+    kind = {"lfq": "sign", "bsq": "spherical"}[quantizer.config()["type"]]
+    same = build_quantizer({"type": "binary", "dim": 5, "num_bits": 6, "kind": kind, "bits_per_code": 6})
+    same.temperature = 0.3
+    same.load_state_dict(quantizer.state_dict())
+    z = torch.randn(2, 30, 5)
+    a, b = quantizer(z), same.eval()(z)
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.z_q, b.z_q) and torch.equal(a.loss, b.loss)
+    assert build_quantizer(quantizer.config()).config() == quantizer.config()
+    with pytest.raises(ValueError, match=r"bits_per_code in 1\.\.20"):
+        scheme(5, 24, entropy="grouped")
 
 
 def test_default_entropy_weight_is_shown():

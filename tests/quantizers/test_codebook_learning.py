@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmtok.kernels.dispatch import force
 from mmtok.kernels.nearest_code import nearest_code
 from mmtok.quantizers import VectorQuantizer
 from mmtok.quantizers.codebook import Codebook, draw_rows, kmeans
@@ -45,9 +49,14 @@ def test_dead_codes_revive_and_stay_alive(learning):
     alive, revived, error = train(0.1, learning)
     dead, none, error_without = train(0.0, learning)
     z = mixture(torch.Generator().manual_seed(5), 4000)[None]
-    usage = float(alive(z).stats["usage"])
-    assert usage > 0.9
-    assert float(dead(z).stats["usage"]) < 0.3  # a random start far from the data: few codes ever win
+    healthy, sick = alive(z).stats, dead(z).stats
+    assert float(healthy["usage"]) > 0.9
+    assert float(sick["usage"]) < 0.3  # a random start far from the data: few codes ever win
+    assert (
+        float(healthy["perplexity"]) > 0.4 * K
+    )  # of at most K; the mixture is skewed, a few centres have most vectors
+    assert float(sick["perplexity"]) < 0.2 * K
+    assert float(healthy["dead_share"]) < 0.2 < 0.7 < float(sick["dead_share"])
     assert none == 0
     assert revived < 0.02 * 50 * K  # they stay: under 2 % of the codes are replaced in a step
     assert float(error) < 0.5 * float(error_without)
@@ -116,6 +125,19 @@ def test_an_update_without_a_valid_vector_changes_nothing():
     assert bool(quantizer.book.initialized)
 
 
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_a_step_without_a_valid_vector_leaves_a_trained_codebook_bitwise(learning):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(D, K, codebook=learning, kmeans_init=False)
+    z = 10 + torch.randn(2, 47, D)
+    quantizer(z)  # far from the start: most codes are revived, and their sum over their size is not quite their value
+    assert int((quantizer.book.codebook[:, None] == z.flatten(0, 1)).all(2).any(1).sum()) > K / 2
+    quantizer.book.cluster_size[3] = 0.0  # dead, but there is nothing to revive it with
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    quantizer(torch.randn(2, 50, D), torch.zeros(2, 50, dtype=torch.bool))
+    assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
+
+
 def test_loading_untrained_weights_starts_the_codebook_again():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(D, K)
@@ -146,6 +168,50 @@ def test_kmeans_beats_random_rows(metric):
     assert error_of(rows, centroids) < 0.8 * error_of(rows, draw_rows(rows, 32))
     assert float(counts.sum()) == pytest.approx(1500)
     assert len(nearest_code(rows, centroids, metric).unique()) >= 30
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the largest tensor that any operator makes, and which operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.names = 0, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_kmeans_never_holds_a_distance_for_each_pair(metric):
+    torch.manual_seed(0)
+    N, size = 16000, 512
+    with Sizes() as sizes, force("torch"):
+        kmeans(torch.randn(N, 2), size, metric)
+    assert sizes.largest < N * size / 10
+
+
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_a_healthy_update_waits_for_no_value(learning):
+    """On an accelerator each of these operators stops the host until the device is done."""
+    torch.manual_seed(0)
+    book = Codebook(4, 2, learning=learning, kmeans_init=False)
+    with torch.no_grad():
+        book.codebook.copy_(torch.tensor([[0.0, 0], [1, 0], [0, 1], [5, 5]]))
+    z = torch.cat([torch.randn(30, 2) * 0.1 + centre for centre in book.codebook])
+    codes, valid = book.nearest(z), torch.ones(120, dtype=torch.bool)
+    waiting = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "index", "index_put_"}
+    with Sizes() as sizes:
+        book.update(z, codes, valid)
+    assert not sizes.names & waiting and "lerp_" in sizes.names
+    book.cluster_size[3] = 0.0
+    with Sizes() as sizes:
+        book.update(z, torch.zeros_like(codes), valid)  # code 3 is dead: only then rows are drawn
+    assert sizes.names & waiting
 
 
 def test_kmeans_takes_few_and_many_vectors():

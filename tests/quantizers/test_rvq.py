@@ -115,6 +115,37 @@ def test_projected_levels_take_their_gradient_through_the_chain():
     torch.testing.assert_close(grad, weight @ (torch.eye(4) - rest))
 
 
+@pytest.mark.parametrize("positions", [31, 32, 200])
+def test_projected_codes_decode_alike_one_by_one_and_by_projected_codebooks(positions):
+    """Below 2 K = 32 positions each code is projected, from there on each codebook; in value and in gradient alike."""
+    quantizer = trained(codebook_dim=2, codebook="gradient").eval()
+    codes = torch.randint(0, 16, (1, 4, positions))
+    weight = torch.randn(1, positions, 4)
+    by_level = torch.zeros(1, positions, 4)
+    for q in range(4):
+        by_level = by_level + quantizer.project_out[q](quantizer.books[q].codebook[codes[:, q]])
+    out = quantizer.decode(codes)
+    torch.testing.assert_close(out, by_level, atol=1e-5, rtol=1e-5)
+    learned = [*quantizer.project_out.parameters(), *(book.codebook for book in quantizer.books)]
+    grads = torch.autograd.grad((out * weight).sum(), learned)
+    expected = torch.autograd.grad((by_level * weight).sum(), learned)
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_projected_codes_are_those_of_the_chain_of_levels():
+    """encode projects z once for all levels; the equation projects what is left at each."""
+    quantizer = trained(codebook_dim=2).eval()
+    z = torch.randn(3, 50, 4)
+    residual, codes = z.double(), quantizer.encode(z)
+    for q in range(4):
+        into, out, book = quantizer.project_in[q], quantizer.project_out[q], quantizer.books[q].codebook.double()
+        h = residual @ into.weight.double().T + into.bias.double()
+        nearest = (h[..., None, :] - book).square().sum(-1).argmin(-1)
+        assert torch.equal(codes[:, q], nearest)
+        residual = residual - book[nearest] @ out.weight.double().T - out.bias.double()
+
+
 def test_constructor_names_what_is_wrong():
     with pytest.raises(ValueError, match="num_codebooks: expected at least 1, got 0"):
         ResidualVectorQuantizer(4, 0, 16)

@@ -1,0 +1,111 @@
+"""`mmtok.kernels.row_search.RowSearch` on compiled loops: the same codes, and no block of scores anywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtok.kernels.numba.score_tile import CODES, FOLD_ROWS
+from mmtok.kernels.numba.search import (
+    code_norms,
+    exact,
+    load_rows,
+    search,
+    search_products,
+    search_scores,
+    shift_codebook,
+)
+from mmtok.kernels.row_search import reduced_precision
+
+_MATRIX_ROWS, _MATRIX_WIDTH, _MATRIX_CODES = 64, 48, 256  # from here on bf16 products are worth their preparation
+_PRODUCT_BYTES = 8 << 20  # of one block of rows
+_CODES_PER_ROW = 16  # looked at in fp64 on average; with more, fp32 scores are faster
+_FEW_ROWS = 64  # below, shifting and packing the codebook would cost more than the search
+
+
+class CompiledSearch:
+    """One codebook (K, D) on the CPU, packed once for all rows.
+
+    Args:
+        codebook: (K, D) floating point. metric: ``euclidean`` or ``cosine``. num_rows: how many rows will come.
+    """
+
+    def __init__(self, codebook: Tensor, metric: str, num_rows: int) -> None:
+        self.codebook, self.cosine = as_array(codebook), metric == "cosine"
+        K, D = self.codebook.shape
+        self.inverse, self.centre = np.empty(K), np.empty(D)
+        self.short, self.packed = None, None
+        self.few = num_rows < _FEW_ROWS and 4 * num_rows * K <= _PRODUCT_BYTES and not reduced_precision("cpu")
+        if self.few:
+            self.half = np.empty(K)
+            self.reach = code_norms(self.codebook, self.cosine, self.half, self.inverse)
+            self.columns = torch.from_numpy(self.codebook).T
+            return
+        padded = -(-K // CODES) * CODES
+        self.shifted, self.half = np.empty((padded, D), np.float32), np.empty(padded, np.float32)
+        self.reach = shift_codebook(self.codebook, self.cosine, self.shifted, self.half, self.centre, self.inverse)
+        if num_rows >= _MATRIX_ROWS and D >= _MATRIX_WIDTH and K >= _MATRIX_CODES and has_matrix_unit():
+            self.short = torch.from_numpy(self.shifted).bfloat16().T  # (D, K')
+        else:
+            self.packed = self._pack()
+
+    def _pack(self) -> np.ndarray:
+        """The negated codes (blocks, D, CODES), as `search` reads them."""
+        blocks = torch.from_numpy(self.shifted).unflatten(0, (-1, CODES)).transpose(1, 2)
+        return torch.neg(blocks).contiguous().numpy()
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """x (N, D), any floating type -> codes (N,)."""
+        rows, codes = as_array(x), np.empty(x.shape[0], np.int64)
+        known = (self.codebook, self.inverse, self.cosine)
+        if self.few:
+            products = torch.mm(torch.from_numpy(rows.astype(self.codebook.dtype, copy=False)), self.columns)
+            search_scores(rows, *known, products.numpy(), self.half, self.reach, codes)
+            return torch.from_numpy(codes)
+        start = self._by_products(rows, codes) if self.short is not None else 0
+        if start < len(rows):
+            packed = self._pack() if self.packed is None else self.packed
+            self.packed, half = packed, self.half.reshape(-1, CODES)
+            search(rows[start:], *known, packed, half, self.centre, self.reach, codes[start:])
+        return torch.from_numpy(codes)
+
+    def _by_products(self, x: np.ndarray, codes: np.ndarray) -> int:
+        """Fill codes with the help of bf16 products on the processor's matrix unit; returns how many rows were done.
+
+        It stops early when a block leaves so many codes to look at that fp32 scores are the shorter way.
+        """
+        short = self.short
+        assert short is not None
+        (N, D), stride = x.shape, short.shape[1]
+        if N < FOLD_ROWS:
+            exact(x, self.codebook, self.inverse, self.cosine, codes)
+            return N
+        block = min(N, max(_MATRIX_ROWS // 2, _PRODUCT_BYTES // (2 * stride)))
+        rows, norms = np.empty((block, D), np.float32), np.empty(block)
+        products = torch.empty(block, stride, dtype=torch.bfloat16)
+        known = (self.codebook, self.inverse, self.cosine)
+        for done in range(0, N, block):
+            first = min(done, N - FOLD_ROWS)  # a last block of one to three rows takes some that are done already
+            part = x[first : done + block]
+            n = len(part)
+            load_rows(part, self.centre, self.cosine, rows, norms)
+            torch.mm(torch.from_numpy(rows[:n]).bfloat16(), short, out=products[:n])
+            bits = products[:n].view(torch.int16).numpy().view(np.uint16)
+            looked_at = search_products(part, *known, bits, self.half, norms, self.reach, codes[first : done + block])
+            if looked_at > _CODES_PER_ROW * n:
+                self.short = None
+                return first + n
+        return N
+
+
+def has_matrix_unit() -> bool:
+    """Whether bf16 products run several times faster than fp32 here (AMX)."""
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)  # absent from some releases: then fp32 it is
+    return bool(check and check())
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    """A contiguous fp32 or fp64 array, without a copy where x is one."""
+    x = x.detach()
+    return (x if x.dtype == torch.float64 else x.float()).contiguous().numpy()

@@ -1,0 +1,301 @@
+"""Exact nearest codes: fp32 scores of `score_tile`, a proof for each row, and fp64 for the rows without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from mmtok.kernels.numba.score_tile import CODES, FOLD_ROWS, LANES, ROWS, fold_products, score_tile
+
+_ROWS_AT_ONCE = 48  # a multiple of 8 and of 6: their scores' minima stay in the first-level cache
+_CACHE_FLOATS = 6 << 10  # of the codes that all those rows meet before the next ones
+_PART = 64  # terms of a distance between two looks whether it is already too long
+_NONE = np.int32(0)
+
+
+def _compile(fastmath: Any = False) -> Any:
+    """A decorator: compile on first use and keep the result beside this file, or in the user's cache folder."""
+
+    def decorate(function: Any) -> Any:
+        options = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": fastmath}
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder can be written: compile once a process
+            return njit(**options)(function)
+
+    return decorate
+
+
+_compiled = _compile()
+# Sums whose order the compiler may choose, so that it can use vectors: the same order for every code, so ties stay.
+_any_order = _compile({"reassoc", "contract"})
+
+
+@_compiled
+def shift_codebook(codebook, cosine, shifted, half, centre, inverse):
+    """Fill what the searches want from a codebook (K, D); returns the greatest norm of a shifted code.
+
+    shifted (K', D) fp32 = c - centre, c the code or its direction when ``cosine``, and 0 beyond K; half (K',) =
+    |c - centre|^2 / 2, infinite beyond K. inverse (K,) fp64 = 1 / |code| when ``cosine``, else 1; 0 for a zero code. A
+    zero code has cosine 0 with everything, which is the distance of a code of length 1 that is orthogonal: + 1/2.
+    """
+    K, D = codebook.shape
+    for k in range(K):
+        inverse[k] = 1.0
+        if cosine:
+            total = _square(codebook[k])
+            inverse[k] = 1.0 / np.sqrt(total) if total > 0 else 0.0
+    centre[:] = 0.0
+    for k in range(K):
+        for d in range(D):
+            centre[d] += codebook[k, d] * inverse[k]
+    for d in range(D):
+        centre[d] /= K
+    shifted[K:] = 0.0
+    half[K:] = np.inf
+    reach = 0.0
+    for k in range(K):
+        for d in range(D):
+            shifted[k, d] = np.float32(codebook[k, d] * inverse[k] - centre[d])
+        total = _square(shifted[k])
+        reach = max(reach, total)
+        half[k] = np.float32(0.5 * total + (0.5 if inverse[k] == 0.0 else 0.0))
+    return np.sqrt(reach)
+
+
+@_any_order
+def _square(x):
+    total = 0.0
+    for d in range(x.shape[0]):
+        total += np.float64(x[d]) * np.float64(x[d])
+    return total
+
+
+@_any_order
+def _product(x, code):
+    total = 0.0
+    for d in range(x.shape[0]):
+        total += np.float64(x[d]) * np.float64(code[d])
+    return total
+
+
+@_any_order
+def _difference(x, code):
+    total = 0.0
+    for d in range(x.shape[0]):
+        difference = np.float64(x[d]) - np.float64(code[d])
+        total += difference * difference
+    return total
+
+
+@_compiled
+def _distance(x, code, inverse, cosine, give_up):
+    """Squared distance of x (D,) and a code (D,) in fp64, or minus cosine times |x|; any value over ``give_up``."""
+    if cosine:
+        return -_product(x, code) * inverse
+    D = x.shape[0]
+    if D <= 2 * _PART:
+        return _difference(x, code)
+    total = 0.0
+    for d in range(0, D, _PART):
+        total += _difference(x[d : d + _PART], code[d : d + _PART])
+        if total > give_up:
+            break
+    return total
+
+
+@_compiled
+def exact_row(x, codebook, inverse, cosine, guess):
+    """The nearest code to x (D,) in fp64, the lowest on ties; ``guess``, a code that is near, only saves time."""
+    best, code = _distance(x, codebook[guess], inverse[guess], cosine, np.inf), guess
+    for k in range(codebook.shape[0]):
+        total = _distance(x, codebook[k], inverse[k], cosine, best)
+        if total < best or (total == best and k < code):
+            best, code = total, k
+    return code
+
+
+@_compiled
+def exact(x, codebook, inverse, cosine, codes):
+    """`exact_row` for x (N, D) -> codes (N,): the way for a few rows, which needs no packed codebook."""
+    for n in range(x.shape[0]):
+        codes[n] = exact_row(x[n], codebook, inverse, cosine, 0)
+
+
+@_compiled
+def _load_row(x, centre, cosine, row):
+    """row = x - centre in fp32, or that of the direction of x; returns its norm."""
+    scale = 1.0
+    if cosine:
+        total = _square(x)
+        scale = 1.0 / np.sqrt(total) if total > 0 else 0.0
+    for d in range(x.shape[0]):
+        row[d] = np.float32(x[d] * scale - centre[d])
+    return np.sqrt(_square(row))
+
+
+@_compiled
+def _best_two(best, second, group):
+    """The least score, the second least, and the code of the least, the lowest on ties, over the lanes of a row."""
+    score, code, runner_up = np.float32(np.inf), 1 << 60, np.float32(np.inf)
+    for lane in range(LANES):
+        score = min(score, best[lane])
+    for lane in range(LANES):
+        if best[lane] == score:
+            code = min(code, np.int64(group[lane]) * LANES + lane)
+    for lane in range(LANES):
+        mine = np.int64(group[lane]) * LANES + lane == code
+        runner_up = min(runner_up, second[lane] if mine else best[lane])
+    return score, runner_up, code
+
+
+@_compiled
+def _settle(x, codebook, inverse, cosine, best, second, group, limit):
+    """The nearest code in fp64 among those with scores up to ``limit``, which the lanes name unless two share one."""
+    code, least = -1, np.inf
+    for lane in range(LANES):
+        if not second[lane] > limit:
+            return exact_row(x, codebook, inverse, cosine, max(code, 0))
+        if not best[lane] > limit:
+            k = np.int64(group[lane]) * LANES + lane
+            distance = _distance(x, codebook[k], inverse[k], cosine, least)
+            if code < 0 or distance < least or (distance == least and k < code):
+                code, least = k, distance
+    return code
+
+
+@_compiled
+def search(x, codebook, inverse, cosine, packed, half, centre, reach, codes):
+    """codes (N,) of x (N, D) fp32 or fp64. Returns how many rows were settled in fp64.
+
+    packed (blocks, D, CODES) holds the negated codes that `shift_codebook` gives, half (blocks, CODES) their norms.
+
+    The proof. Let u = 2^-24, r the row and c a code as shifted. Rounding to fp32 moves each coordinate by u of itself,
+    so the product by 2u |r| |c| and the norm by u |c|^2; the sum of D + 1 terms adds (D + 1) u times their absolute
+    sum, at most |r| |c| + |c|^2 / 2 (any order, with or without fused multiply-add, to first order in u). The norm
+    itself is summed in fp64. Together less than (D + 8) u (|r| R + R^2 / 2) with R the greatest |c|: two scores further
+    apart than twice that are in their true order. The last term covers numbers below the normal range.
+    """
+    N, D = x.shape
+    num_blocks, per_turn = packed.shape[0], max(1, _CACHE_FLOATS // (CODES * D))
+    rows = np.zeros((_ROWS_AT_ONCE, D), np.float32)
+    norms = np.zeros(_ROWS_AT_ONCE)
+    best = np.empty((_ROWS_AT_ONCE, LANES), np.float32)
+    second = np.empty((_ROWS_AT_ONCE, LANES), np.float32)
+    group = np.empty((_ROWS_AT_ONCE, LANES), np.int32)
+    relative, least = 1.01 * (D + 8) * 2.0**-24, (D + 8) * 1.2e-38
+    doubtful = 0
+    for first in range(0, N, _ROWS_AT_ONCE):
+        n = min(_ROWS_AT_ONCE, N - first)
+        for r in range(n):
+            norms[r] = _load_row(x[first + r], centre, cosine, rows[r])
+        best[:] = np.inf
+        second[:] = np.inf
+        group[:] = _NONE
+        for b in range(0, num_blocks, per_turn):
+            stop = min(b + per_turn, num_blocks)
+            for r in range(0, n, ROWS):
+                e = r + ROWS
+                state = (best[r:e], second[r:e], group[r:e])
+                score_tile(rows[r:e], packed[b:stop], half[b:stop], stop - b, D, b, *state)  # pyright: ignore[reportCallIssue]
+        for r in range(n):
+            score, runner_up, code = _best_two(best[r], second[r], group[r])
+            error = relative * (norms[r] * reach + 0.5 * reach * reach) + least
+            if not np.float64(runner_up) - np.float64(score) > 2.0 * error:  # also when either is not a number
+                doubtful += 1
+                limit = score + 2.0 * error
+                code = _settle(x[first + r], codebook, inverse, cosine, best[r], second[r], group[r], limit)
+            codes[first + r] = code
+    return doubtful
+
+
+@_compiled
+def code_norms(codebook, cosine, half, inverse):
+    """half (K,) = |code|^2 / 2 and inverse 1, or 0 and 1 / |code| when ``cosine``; returns the greatest norm used."""
+    reach = 0.0
+    for k in range(codebook.shape[0]):
+        total = _square(codebook[k])
+        half[k] = 0.0 if cosine else 0.5 * total
+        inverse[k] = 1.0
+        if cosine:
+            inverse[k] = 1.0 / np.sqrt(total) if total > 0 else 0.0
+        reach = max(reach, 1.0 if cosine else total)
+    return np.sqrt(reach)
+
+
+@_compiled
+def search_scores(x, codebook, inverse, cosine, products, half, reach, codes):
+    """codes (N,) of x (N, D) whose fp32 products with the codes as they are, (N, K), are known: the way for few rows.
+
+    The proof is that of `search` without the shift of x and c, so with their whole lengths, and with one rounding more
+    for the division by |c|. Where a common offset makes it fail, rows are searched in fp64.
+    """
+    K, D = codebook.shape
+    for n in range(x.shape[0]):
+        length = np.sqrt(_square(x[n]))
+        best, second, code = np.inf, np.inf, 0
+        for k in range(K):
+            score = half[k] - np.float64(products[n, k]) * inverse[k]
+            if score < best:
+                best, second, code = score, best, k
+            elif score < second:
+                second = score
+        error = 1.01 * (D + 10) * 2.0**-24 * (length * reach + 0.5 * reach * reach) + (D + 8) * 1.2e-38
+        if not second - best > 2.0 * error:
+            code = exact_row(x[n], codebook, inverse, cosine, code)
+        codes[n] = code
+
+
+@_compiled
+def load_rows(x, centre, cosine, rows, norms):
+    """rows (N, D) fp32 = x - centre, or that of the directions of x; norms (N,)."""
+    for n in range(x.shape[0]):
+        norms[n] = _load_row(x[n], centre, cosine, rows[n])
+
+
+@_compiled
+def search_products(x, codebook, inverse, cosine, products, half, norms, reach, codes):
+    """`search` where the products of the shifted rows and codes are known in bf16; returns the codes looked at in fp64.
+
+    products (n, blocks * CODES) uint16 holds bf16 numbers whose operands were rounded to bf16, summed in fp32.
+
+    The proof. Rounding the operands moves a product by at most 2^-8 |r| R, rounding the result by 2^-9 |r| R, summing
+    by (D + 1) u |r| R: less than 1.06 (1.5) 2^-8 |r| R together for D up to 1024; then half and the difference by
+    u (|r| R + R^2). A code whose score lies within twice that of the least may be the nearest, no other can.
+    """
+    N, stride = products.shape
+    best = np.empty((FOLD_ROWS, LANES), np.float32)
+    second = np.empty((FOLD_ROWS, LANES), np.float32)
+    group = np.empty((FOLD_ROWS, LANES), np.int32)
+    looked_at = 0
+    for first in range(0, N, FOLD_ROWS):
+        start = max(0, min(first, N - FOLD_ROWS))  # the last rows are done twice rather than read past the end
+        best[:] = np.inf
+        second[:] = np.inf
+        group[:] = _NONE
+        state = (best, second, group)
+        fold_products(products[start:], half, stride // LANES, stride, *state)  # pyright: ignore[reportCallIssue]
+        for r in range(FOLD_ROWS):
+            n = start + r
+            score, runner_up, code = _best_two(best[r], second[r], group[r])
+            error = 1.06 * 1.5 * 2.0**-8 * norms[n] * reach + 2.0**-22 * reach * reach + 1e-36
+            if not np.float64(runner_up) - np.float64(score) > 2.0 * error:
+                limit = score + 2.0 * error
+                crowded = False
+                for lane in range(LANES):
+                    crowded |= not second[r, lane] > limit
+                code, least = -1, np.inf
+                for i in range(codebook.shape[0] if crowded else LANES):
+                    k = i if crowded else np.int64(group[r, i]) * LANES + i
+                    value = best[r, i % LANES]
+                    if crowded:
+                        value = half[k] - np.uint32(np.uint32(products[n, k]) << np.uint32(16)).view(np.float32)
+                    if not value > limit:
+                        distance = _distance(x[n], codebook[k], inverse[k], cosine, least)
+                        looked_at += 1
+                        if code < 0 or distance < least or (distance == least and k < code):
+                            code, least = k, distance
+            codes[n] = code
+    return looked_at
