@@ -51,21 +51,21 @@ from mmtok.tokens import write_atomic
 
 ASSETS = Path(__file__).resolve().parents[1] / "mmtok" / "assets"
 CODEC = "audio-codec-16k-4kbps"
-STRIDES = (4, 4, 2, 2, 1, 1, 1, 1)
 WINDOW = 32  # positions; a multiple of every stride, so that groups never cross the end of a clip
+PREFIXES = {"rvq (EMA)": (4, 5, 6)}  # fewer levels of the same training, also scored
+Run = dict[str, Any]
 
 
-def schemes(dim: int, bits: int) -> dict[str, tuple[dict[str, Any], tuple[int, ...]]]:
-    """name -> (configuration, numbers of levels to score besides all); one code has 2^bits values, or about that."""
+def schemes(dim: int, bits: int) -> dict[str, dict[str, Any]]:
+    """name -> configuration; a code has 2^bits values, or about that, and the coarse half of the names 8 such codes."""
     K, narrow = 2**bits, min(8, dim)
     one = {"dim": dim, "codebook_size": K}
     chain = {**one, "num_codebooks": 8}
     grid = [8, 5, 5, 5] if bits == 10 else [2] * bits
     factorised = {"codebook_dim": narrow, "metric": "cosine", "codebook": "gradient"}
-    strided = {**one, "type": "strided_rvq", "level_strides": STRIDES}
-    ema = {"codebook_dim": None, "metric": "euclidean", "codebook": "ema"}
-    coarse = {"dim": dim, "num_bits": 8 * bits, "bits_per_code": bits}
-    found: dict[str, dict[str, Any]] = {
+    strided = {**one, "type": "strided_rvq", "level_strides": (4, 4, 2, 2, 1, 1, 1, 1)}
+    many_bits = {"dim": dim, "num_bits": 8 * bits, "bits_per_code": bits}
+    return {
         "vq (EMA)": {"type": "vq", **one},
         "vq (gradient)": {"type": "vq", **one, "codebook": "gradient"},
         f"vq (cosine, width {narrow})": {"type": "vq", **one, **factorised},
@@ -74,53 +74,46 @@ def schemes(dim: int, bits: int) -> dict[str, tuple[dict[str, Any], tuple[int, .
         f"fsq {grid if bits == 10 else ''}".strip(): {"type": "fsq", "dim": dim, "levels": grid},
         "lfq": {"type": "lfq", "dim": dim, "num_bits": bits},
         "bsq": {"type": "bsq", "dim": dim, "num_bits": bits},
-        "random_projection": {"type": "random_projection", **one},
+        "random_projection": {"type": "random_projection", **one, "codebook_dim": min(16, dim)},
         "pq, 1 group (k-means)": {"type": "pq", **one},
         "rvq (EMA)": {"type": "rvq", **chain},
         f"rvq (cosine, width {narrow})": {"type": "rvq", **chain, **factorised},
         "grouped_rvq, 2 groups": {"type": "grouped_rvq", **chain},
         f"split_rvq, width {dim}": {"type": "split_rvq", **chain, "inner_dim": dim},
-        "strided_rvq (EMA)": {**strided, **ema},
+        "strided_rvq (EMA)": {**strided, "codebook_dim": None, "metric": "euclidean", "codebook": "ema"},
         f"strided_rvq (cosine, width {narrow})": strided,
         f"rfsq, {bits} numbers": {"type": "rfsq", "dim": dim, "num_codebooks": 8, "levels": [2] * bits},
-        "binary (bernoulli)": {"type": "binary", **coarse},
-        "binary (sign = LFQ, grouped entropy)": {"type": "lfq", **coarse, "entropy": "grouped"},
-        "binary (spherical = BSQ, grouped entropy)": {"type": "bsq", **coarse, "entropy": "grouped"},
+        "binary (bernoulli)": {"type": "binary", **many_bits},
+        "binary (sign = LFQ, grouped entropy)": {"type": "lfq", **many_bits, "entropy": "grouped"},
+        "binary (spherical = BSQ, grouped entropy)": {"type": "bsq", **many_bits, "entropy": "grouped"},
         "pq, 8 groups": {"type": "pq", **chain},
         "per_dimension, 1 bit": {"type": "per_dimension", "dim": dim, "bits": 1},
     }
-    return {name: (config, (4, 5, 6) if name == "rvq (EMA)" else ()) for name, config in found.items()}
 
 
-def find_clips(data: Path, minutes: float, seed: int) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+def find_clips(data: Path, minutes: float, seed: int) -> tuple[list[Tensor], list[Tensor], Run]:
     """Training clips and held-out clips (1, L) at 16 kHz, and what they are in words."""
     sources = find_sources(data, "audio")
     test = speech_clips(data)
-    part = "test" if test else "val"
-    if not test:
-        test = [mono(s.path) for s in sources if s.split == "val"]
+    about: Run = {"held_out": "test" if test else "val", "unreadable": [], "training_packages": []}
+    test = test or [mono(s.path) for s in sources if s.split == "val"]
     training = [s for s in sources if s.split == "train"]
     if not test or not training:
         raise ValueError(f"--data: expected files to train on and files held out, got {len(training)} and {len(test)}")
     random.Random(seed).shuffle(training)
-    clips, seconds, packages, unreadable = [], 0.0, set(), []
+    clips, seconds = [], 0.0
     for source in tqdm(training, desc="reading", unit="file", mininterval=2):
         if seconds >= 60 * minutes:
             break
         try:
             clips.append(mono(source.path))
         except (ValueError, OSError) as e:  # as in mmtok.data.packed: a broken file does not end the run, and is told
-            unreadable.append(str(e))
+            about["unreadable"].append(str(e))
             continue
         seconds += clips[-1].shape[1] / 16000
-        packages.add(source.package)
-    about = {
-        "training_files": len(clips),
-        "training_packages": sorted(packages),
-        "held_out": part,
-        "unreadable": unreadable,
-    }
-    return clips, test, about | {"training_seconds": round(seconds, 1), "held_out_files": len(test)}
+        about["training_packages"] = sorted({*about["training_packages"], source.package})
+    about |= {"training_files": len(clips), "training_seconds": round(seconds, 1), "held_out_files": len(test)}
+    return clips, test, about
 
 
 def mono(path: Path) -> Tensor:
@@ -163,7 +156,7 @@ def train(quantizer: Quantizer, windows: Tensor, steps: int, batch: int, lr: flo
 
 
 @torch.no_grad()
-def score(quantizer: Quantizer, clips: list[Tensor], num_codebooks: int | None = None) -> dict[str, Any]:
+def score(quantizer: Quantizer, clips: list[Tensor], num_codebooks: int | None = None) -> Run:
     """Everything that is measured on held-out latents (T, D); ``error`` and ``energy`` are sums for each clip."""
     codes = [quantizer.encode(z[None], num_codebooks) for z in clips]  # each (1, Q', T)
     mean = torch.cat(clips).mean(0)
@@ -197,7 +190,7 @@ def snr_interval(error: np.ndarray, energy: np.ndarray, draws: int = 2000) -> di
     return {"mean": float(10 * np.log10(energy.sum() / error.sum())), "low": float(low), "high": float(high)}
 
 
-def summarise(name: str, config: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(name: str, config: Run, runs: list[Run]) -> Run:
     """One row from the scores of each seed."""
     error, energy = np.array([r.pop("error") for r in runs]), np.array([r.pop("energy") for r in runs])
     by_seed = 10 * np.log10(energy.sum(1) / error.sum(1))
@@ -206,21 +199,36 @@ def summarise(name: str, config: dict[str, Any], runs: list[dict[str, Any]]) -> 
     return {"name": name, "config": config, **row, "snr_db": interval, "snr_db_by_seed": by_seed.tolist()}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    header = ["scheme", "codes a position", "bits", "entropy bits", "usage %", "perplexity of K", "dead %"]
-    header += ["SNR dB [95 %]", "training s", "encode, 1000 positions/s"]
+def table(rows: list[Run]) -> str:
+    header = "scheme; codes a position; bits; entropy bits; usage %; perplexity of K; dead %; SNR dB [95 %]"
     lines = []
     for r in rows:
-        sizes = f"{r['levels']:.0f} x {r['K']:.0f}"
-        lines.append([r["name"], sizes, f"{r['bits']:.4g}", f"{r['entropy_bits']:.1f}", f"{100 * r['usage']:.0f}"])
-        lines[-1] += [f"{r['perplexity']:.0f} of {r['K']:.0f}" if r["K"] > 2 else f"{r['perplexity']:.2f} of 2"]
-        lines[-1] += [
-            f"{100 * r['dead_share']:.0f}",
-            interval_text(r["snr_db"], 2),
-            f"{r['train_seconds']:.0f}".replace("nan", "-"),
-        ]
-        lines[-1] += [f"{r['encode_positions_per_second'] / 1000:.0f}"]
-    return markdown_table(header, lines)
+        perplexity = f"{r['perplexity']:.0f} of {r['K']:.0f}" if r["K"] > 2 else f"{r['perplexity']:.2f} of 2"
+        cells = [r["name"], f"{r['levels']:.0f} x {r['K']:.0f}", f"{r['bits']:.4g}", f"{r['entropy_bits']:.1f}"]
+        cells += [f"{100 * r['usage']:.0f}", perplexity, f"{100 * r['dead_share']:.0f}", interval_text(r["snr_db"], 2)]
+        cells += [f"{r['train_seconds']:.0f}" if "train_seconds" in r else "-"]
+        lines.append([*cells, f"{r['encode_positions_per_second'] / 1000:.0f}"])
+    return markdown_table([*header.split("; "), "training s", "encode, 1000 positions/s"], lines)
+
+
+def compare(known: Tensor, held_out: list[Tensor], chosen: dict[str, Run], args: argparse.Namespace) -> list[Run]:
+    """Rows of all chosen schemes, trained on known (M, WINDOW, D) and scored on held_out, each (T, D)."""
+    rows: list[Run] = []
+    with tqdm(total=len(chosen) * args.seeds, desc="quantizers", unit="run") as bar:
+        for name, config in chosen.items():
+            bar.set_postfix_str(name)
+            runs: dict[int | None, list[Run]] = {q: [] for q in (None, *PREFIXES.get(name, ()))}
+            for seed in range(args.seed, args.seed + args.seeds):
+                torch.manual_seed(seed)
+                quantizer = build_quantizer(config)
+                seconds = train(quantizer, known, args.steps, args.batch, args.lr, seed)
+                for q, found in runs.items():
+                    found.append(score(quantizer, held_out, q) | {"train_seconds": seconds})
+                bar.update()
+            for q, found in runs.items():
+                rows.append(summarise(name if q is None else f"{name}, first {q} of 8", config, found))
+            tqdm.write(table(rows[-len(runs) :]).split("\n", 2)[2])
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -258,33 +266,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     chosen = schemes(known.shape[2], 4 if args.smoke else 10)
     if args.only:
-        chosen = {name: s for name, s in chosen.items() if name.startswith(tuple(args.only))}
-    own = [score(codec.quantizer, [z * scale + centre for z in held_out]) | {"train_seconds": math.nan}]
+        chosen = {name: config for name, config in chosen.items() if name.startswith(tuple(args.only))}
+    own = [score(codec.quantizer, [z * scale + centre for z in held_out])]
     rows = [summarise("for reference: the codec's own rvq, trained with it", codec.quantizer.config(), own)]
-    with tqdm(total=len(chosen) * args.seeds, desc="quantizers", unit="run") as bar:
-        for name, (config, prefixes) in chosen.items():
-            bar.set_postfix_str(name)
-            runs: dict[int | None, list[dict[str, Any]]] = {None: []} | {q: [] for q in prefixes}
-            for seed in range(args.seed, args.seed + args.seeds):
-                torch.manual_seed(seed)
-                quantizer = build_quantizer(config)
-                seconds = train(quantizer, known, args.steps, args.batch, args.lr, seed)
-                for q, found in runs.items():
-                    found.append(score(quantizer, held_out, q) | {"train_seconds": seconds})
-                bar.update()
-            for q, found in runs.items():
-                rows.append(summarise(name if q is None else f"{name}, first {q} of 8", config, found))
-            tqdm.write(table(rows[-len(runs) :]).split("\n", 2)[2])
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")} | {
-        "python": platform.python_version()
-    }
+    rows += compare(known, held_out, chosen, args)
     run = {
         "command": " ".join(["python", "recipes/compare_quantizers.py", *(arguments or sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "settings": {k: v for k, v in vars(args).items() if k not in ("data", "out")},
         "codec": {"name": CODEC, "fingerprint": codec.fingerprint},
         "data": about,
-        "versions": versions,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
         "machine": platform.platform(),
         "cpu_minutes": round((time.process_time() - started) / 60, 1),
     }

@@ -79,6 +79,11 @@ def _nearest_code(z: Tensor, codebook: Tensor, metric: str, check_finite: bool) 
         from mmtok.kernels.triton import nearest_code as triton_kernel
 
         return triton_kernel.nearest_code(z, codebook, metric)
+    if implementation == "numba":
+        from mmtok.kernels.numba.nearest_code import few_codes, takes_few
+
+        if takes_few(len(z), [codebook]):
+            return few_codes(z, [codebook], metric)[:, 0].contiguous()
     codes = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
     with torch.autocast(z.device.type, enabled=False):
         search = make_search(implementation, codebook, metric, z.shape[0])
@@ -86,7 +91,7 @@ def _nearest_code(z: Tensor, codebook: Tensor, metric: str, check_finite: bool) 
         def work(start: int, stop: int) -> None:
             codes[start:stop] = search.nearest(z[start:stop])
 
-        over_rows(z.shape[0], work, cost=float(z.numel()) * codebook.shape[0], device=z.device)
+        over_rows(z.shape[0], work, cost=search_cost(len(z), *codebook.shape), device=z.device)
     return codes
 
 
@@ -117,6 +122,11 @@ def make_search(implementation: str, codebook: Tensor, metric: str, num_rows: in
 
         return CompiledSearch(codebook, metric, num_rows)
     return RowSearch(codebook, metric)
+
+
+def search_cost(num_rows: int, codebook_size: int, width: int) -> float:
+    """Multiply-adds of a search; finding the least score counts as 16 of them."""
+    return float(num_rows) * codebook_size * (width + 16)
 
 
 def check_operands(z: Tensor, codebook: Tensor, metric: str) -> None:

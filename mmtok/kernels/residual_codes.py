@@ -16,6 +16,7 @@ from mmtok.kernels.nearest_code import (
     make_search,
     nearest_code,
     nearest_code_reference,
+    search_cost,
 )
 from mmtok.kernels.row_search import RowSearch
 
@@ -83,6 +84,11 @@ def _residual_codes(z: Tensor, codebooks: list[Tensor], metric: str, check_finit
         from mmtok.kernels.triton import residual_codes as triton_kernel
 
         return triton_kernel.residual_codes(z, torch.stack(codebooks), metric)
+    if implementation == "numba":
+        from mmtok.kernels.numba.nearest_code import few_codes, takes_few
+
+        if takes_few(len(z), codebooks):
+            return few_codes(z, codebooks, metric)
     (N, D), Q, K = z.shape, len(codebooks), codebooks[0].shape[0]
     codes = torch.empty(N, Q, dtype=torch.int64, device=z.device)
     rows = max(256, _RESIDUAL_BYTES // (8 * D))
@@ -99,7 +105,7 @@ def _residual_codes(z: Tensor, codebooks: list[Tensor], metric: str, check_finit
                     if q + 1 < Q:
                         residual -= F.embedding(code, codebooks[q])
 
-        over_rows(N, work, cost=float(N) * Q * K * D, device=z.device)
+        over_rows(N, work, cost=Q * search_cost(N, K, D), device=z.device)
     return codes
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,8 +20,18 @@ class ExactLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        kind = input.device.type
-        if kind not in ("cpu", "cuda") or not (torch.compiler.is_compiling() or reduced_precision(kind)):
-            return super().forward(input)
-        bias = None if self.bias is None else self.bias.double()
-        return F.linear(input.double(), self.weight.double(), bias).float()
+        return exact_linear(input, self.weight, self.bias)
+
+
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b in fp32, or in fp64 where an fp32 product may not be one."""
+    kind = x.device.type
+    if kind not in ("cpu", "cuda") or not (torch.compiler.is_compiling() or reduced_precision(kind)):
+        return F.linear(x, weight, bias)
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
+
+
+def join_linears(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The sum of the layers' outputs, each taking its own part of x (..., widths together), as one product."""
+    weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+    return exact_linear(x, torch.cat(weights, 1), torch.stack(biases).sum(0))

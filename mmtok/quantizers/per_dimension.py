@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from mmtok.kernels.level_codes import level_codes
 from mmtok.quantizers.base import Quantized, Quantizer, level_stats, straight_through, valid_levels
 from mmtok.quantizers.frozen import RowSample, read_rows
 from mmtok.quantizers.sync import gather_rows
@@ -110,11 +111,9 @@ class PerDimensionQuantizer(Quantizer):
 
     def _encode(self, z: Tensor, num_codebooks: int) -> Tensor:
         B, T, _ = z.shape
-        x = ((z - self.mean) / self.std)[..., :num_codebooks].flatten(0, 1).T.contiguous()  # (Q', N)
-        table = self.centroids[:num_codebooks]
-        middles = (table[:, 1:] + table[:, :-1]) / 2  # (Q', K - 1), ascending: their number below x is the nearest
-        codes = torch.searchsorted(middles, x)  # middle < x strictly, so a tie goes to the lower code
-        return codes.view(num_codebooks, B, T).transpose(0, 1).contiguous()
+        x = ((z - self.mean) / self.std)[..., :num_codebooks].flatten(0, 1)  # (N, Q')
+        codes = level_codes(x, self.centroids[:num_codebooks])
+        return codes.view(B, T, num_codebooks).transpose(1, 2).contiguous()
 
     def _decode(self, codes: Tensor) -> Tensor:
         Q = codes.shape[1]

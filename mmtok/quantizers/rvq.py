@@ -12,7 +12,7 @@ from mmtok.kernels.residual_codes import factorised_codes, residual_codes, resid
 from mmtok.quantizers.base import Quantized, Quantizer, masked_mean
 from mmtok.quantizers.codebook import Codebook, update_codebooks
 from mmtok.quantizers.gradient import check_gradient, choose_gradient
-from mmtok.quantizers.linear import ExactLinear
+from mmtok.quantizers.linear import ExactLinear, join_linears
 
 
 @dataclasses.dataclass
@@ -218,15 +218,8 @@ class ResidualVectorQuantizer(Quantizer):
         rows = codes.transpose(1, 2).flatten(0, 1)  # (N, Q)
         if self.codebook_dim is None:
             return residual_decode(rows, self._codebooks(Q)).view(B, T, self.dim)
-        # Many positions: project each codebook once, (Q, K, D), and add rows of those, which from 2 K positions on was
-        # faster on a CPU. Few: project the codes alone. A captured graph must not depend on how many there are.
-        if not torch.compiler.is_compiling() and rows.shape[0] >= 2 * self.codebook_sizes[0]:
-            tables = torch.stack([self.project_out[q](self._book(q).codebook) for q in range(Q)])
-            return residual_decode(rows, tables).view(B, T, self.dim)
-        z_q = torch.zeros(B, T, self.dim, device=codes.device)
-        for q in range(Q):
-            z_q = z_q + self.project_out[q](self._book(q).lookup(codes[:, q]))
-        return z_q
+        e = torch.cat([self._book(q).lookup(codes[:, q]) for q in range(Q)], 2)  # (B, T, Q d)
+        return join_linears(self.project_out[:Q], e)
 
 
 def all_valid(z: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_blocks_join_and_empty_input(implementation):
 
 
 @each_implementation
-@pytest.mark.parametrize("N", [1, 2, 3, 7])
+@pytest.mark.parametrize("N", [1, 2, 7, 24, 25])
 def test_few_rows(implementation, N):
     codebook, z = gaussian(300, 40), gaussian(N, 40, seed=1)
     for metric in ("euclidean", "cosine"):
@@ -122,7 +122,7 @@ def test_few_rows(implementation, N):
 
 @each_implementation
 def test_threads_share_the_rows(implementation):
-    z, codebook = gaussian(6001, 16), gaussian(512, 16, seed=1)
+    z, codebook = gaussian(50_001, 16), gaussian(512, 16, seed=1)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -131,22 +131,27 @@ def test_threads_share_the_rows(implementation):
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(codes[::50], nearest_code_reference(z[::50], codebook))
+    assert torch.equal(codes[::200], nearest_code_reference(z[::200], codebook))
     with force(implementation):
         assert torch.equal(codes, nearest_code(z, codebook))
 
 
 def test_an_error_in_a_thread_reaches_the_caller():
-    threads = torch.get_num_threads()
+    threads, seen = torch.get_num_threads(), []
 
     def work(start: int, stop: int) -> None:
-        if start > 0:
+        seen.append((start, stop))
+        if start >= 45:
             raise RuntimeError(f"rows {start} to {stop}")
 
     try:
         torch.set_num_threads(2)
-        with pytest.raises(RuntimeError, match="rows 50 to 100"):
+        with pytest.raises(RuntimeError, match="rows 45 to 54"):
             over_rows(100, work, cost=1e9, device=torch.device("cpu"))
+        assert sorted(seen)[:6] == [(0, 9), (9, 18), (18, 27), (27, 36), (36, 45), (45, 54)] and len(seen) <= 7
+        seen.clear()
+        over_rows(44, work, cost=1e9, device=torch.device("cpu"))
+        assert sorted(seen) == [(n, n + 4) for n in range(0, 44, 4)]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ import torch
 
 from mmtok.kernels.dispatch import installed
 from mmtok.kernels.nearest_code import nearest_code_reference
+from mmtok.kernels.residual_codes import residual_codes_reference
 
 pytestmark = pytest.mark.skipif(not installed("numba"), reason="needs the extra 'fast': pip install 'mmtok[fast]'")
 
@@ -83,6 +84,23 @@ def test_most_rows_are_proved_in_fp32():
         assert settled < 0.01 * 5000
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_few_rows_through_a_chain(metric):
+    """Offsets, tiny scales, duplicates and zero codes on the way that prepares nothing."""
+    from mmtok.kernels.numba.nearest_code import few_codes, takes_few
+
+    for mean, sd in ((0.0, 1.0), (100.0, 0.1), (0.0, 1e-25), (0.0, 1e18)):
+        codebooks = sd * gaussian(3, 60, 10) * 0.5 ** torch.arange(3)[:, None, None]
+        codebooks[0] += mean
+        codebooks[1, 40:] = codebooks[1, :20]
+        codebooks[2, 7] = 0
+        z = mean + sd * gaussian(24, 10, seed=1)
+        assert takes_few(24, list(codebooks)) and not takes_few(25, list(codebooks))
+        before = z.clone()
+        codes = few_codes(z, list(codebooks), metric)
+        assert torch.equal(codes, residual_codes_reference(z, codebooks, metric)) and torch.equal(z, before)
+
+
 def test_no_folder_for_the_compiled_code_is_no_error(monkeypatch):
     import importlib
 
@@ -96,10 +114,8 @@ def test_no_folder_for_the_compiled_code_is_no_error(monkeypatch):
     monkeypatch.setattr(caching.FunctionCache, "__init__", nowhere)
     try:
         fresh = importlib.reload(search)
-        codes = torch.zeros(2, dtype=torch.int64).numpy()
-        x, codebook = torch.tensor([[0.0], [5.0]]).numpy(), torch.tensor([[9.0], [1.0]]).numpy()
-        fresh.exact(x, codebook, torch.ones(2).double().numpy(), False, codes)
-        assert codes.tolist() == [1, 0]
+        x, codebook = torch.tensor([5.0]).numpy(), torch.tensor([[9.0], [4.0]]).numpy()
+        assert fresh.exact_row(x, codebook, torch.ones(2).double().numpy(), False, 0) == 1
     finally:
         monkeypatch.undo()
         importlib.reload(search)

@@ -70,8 +70,10 @@ def test_signatures_and_constants_name_the_kernel_arguments_in_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("variant", all_variants(), ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    ("variant", "architecture"),
+    [pytest.param(v, a, id=f"{v.name}-{a}") for v in all_variants() for a in v.architectures],
+)
 def test_compiles_without_spills(faults: dict, variant: Variant, architecture: int):
     assert faults[variant.name, architecture] == []
 

@@ -221,16 +221,12 @@ def test_a_plan_that_there_is_not_is_refused(width, precision, message):
         plan(width, 1, precision)
 
 
-@pytest.mark.slow
-def test_plans_of_one_architecture_compile_there():
-    """test_triton_compiles.py covers the plans that run anywhere."""
+def test_the_widest_rows_have_a_plan_of_their_own_on_hopper():
     pytest.importorskip("triton")
-    from mmtok.kernels.triton.inspect_variant import compile_variants
-    from mmtok.kernels.triton.nearest_code import HOPPER_VARIANTS, plan
+    from mmtok.kernels.triton.nearest_code import VARIANTS, plan
 
     assert plan(256, hopper=True) != plan(256) and plan(64, hopper=True) == plan(64)
-    compiled = list(compile_variants(HOPPER_VARIANTS, (90,)))
-    assert compiled and not any(c.faults() for c in compiled)
+    assert {v.architectures for v in VARIANTS} == {(80, 90), (90,)}  # which test_triton_compiles.py compiles
 
 
 @pytest.fixture

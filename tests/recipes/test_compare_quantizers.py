@@ -24,10 +24,11 @@ def clips(dim: int, lengths: tuple[int, ...] = (40, 64, 33)) -> list[torch.Tenso
 
 def test_every_type_of_the_zoo_is_compared_and_can_be_built():
     found = recipe.schemes(96, 10)
-    assert {config["type"] for config, _ in found.values()} == set(QUANTIZERS)
-    for config, prefixes in recipe.schemes(16, 3).values():
+    assert {config["type"] for config in found.values()} == set(QUANTIZERS)
+    assert set(recipe.PREFIXES) <= set(found)
+    for name, config in recipe.schemes(16, 3).items():
         quantizer = build_quantizer(config)
-        assert max(prefixes, default=1) <= quantizer.num_codebooks
+        assert max(recipe.PREFIXES.get(name, (1,))) <= quantizer.num_codebooks
         assert recipe.WINDOW % math.lcm(*quantizer.level_strides) == 0, "a group would cross the end of a window"
 
 
@@ -71,26 +72,34 @@ def test_snr_interval_holds_the_mean_and_closes_when_clips_are_alike():
     energy, error = np.array([10.0, 30.0, 60.0]), np.array([1.0, 3.0, 6.0])
     assert recipe.snr_interval(error, energy) == pytest.approx({"mean": 10.0, "low": 10.0, "high": 10.0})
     wide = recipe.snr_interval(np.array([1.0, 9.0, 2.0]), energy)
-    assert wide["low"] < wide["mean"] == pytest.approx(10 * math.log10(100 / 12)) < wide["high"]
+    assert wide["mean"] == pytest.approx(10 * math.log10(100 / 12))
+    assert 10 * math.log10(30 / 9) <= wide["low"] < wide["mean"] < wide["high"] <= 10 * math.log10(60 / 2)
 
 
-@pytest.mark.parametrize("name", ["vq (gradient)", "fsq", "pq, 8 groups", "rvq (EMA)", "random_projection"])
-def test_training_lowers_the_error(name: str):
+@pytest.mark.parametrize("name", ["vq (gradient)", "simvq", "pq, 8 groups", "rvq (EMA)", "random_projection"])
+def test_after_training_the_error_is_below_that_of_the_mean(name: str):
     torch.manual_seed(0)
-    config, _ = recipe.schemes(8, 3)[name]
-    windows = torch.cat(clips(2, (recipe.WINDOW,) * 12)).view(12, recipe.WINDOW, 2).repeat(1, 1, 4)  # rank 2 of 8
-    quantizer = build_quantizer(config)
-    codes_of_start = quantizer.eval() if name == "fsq" else None
-    before = None if codes_of_start is None else sum(recipe.score(quantizer, list(windows))["error"])
-    recipe.train(quantizer, windows, steps=30, batch=4, lr=1e-2, seed=0)
+    windows = torch.stack(clips(8, (recipe.WINDOW,) * 12))
+    quantizer = build_quantizer(recipe.schemes(8, 4)[name])
+    recipe.train(quantizer, windows, steps=40, batch=4, lr=1e-2, seed=0)
     found = recipe.score(quantizer, list(windows))
     assert not quantizer.training
-    assert sum(found["error"]) < sum(found["energy"]), "worse than the mean"
-    if before is not None:
-        assert sum(found["error"]) < before
+    assert sum(found["error"]) < 0.95 * sum(found["energy"])
 
 
-def test_mean_over_seeds_is_of_the_errors(tmp_path: Path):
+def test_training_learns_the_parameters_and_draws_by_its_seed():
+    windows, ends = torch.stack(clips(8, (recipe.WINDOW,) * 12)), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        quantizer = build_quantizer({"type": "fsq", "dim": 8, "levels": [4, 4, 4]})
+        before = sum(recipe.score(quantizer, list(windows))["error"])
+        recipe.train(quantizer, windows, steps=20, batch=4, lr=1e-2, seed=seed)
+        ends.append(sum(recipe.score(quantizer, list(windows))["error"]))
+        assert ends[-1] < before
+    assert ends[0] == ends[1] != ends[2]
+
+
+def test_mean_over_seeds_is_of_the_errors():
     runs = [{"bits": 3.0, "error": [1.0, 2.0], "energy": [10.0, 20.0]}, {"bits": 3.0, "error": [3.0, 6.0]}]
     runs[1]["energy"] = [10.0, 20.0]
     row = recipe.summarise("x", {}, runs)
@@ -110,6 +119,6 @@ def test_smoke_writes_rows_with_the_command(tmp_path: Path, capsys: pytest.Captu
     assert names[0].startswith("for reference") and names[1] == "fsq" and len(names) == 6
     by_levels = [row["snr_db"]["mean"] for row in found["rows"] if row["name"].startswith("rvq")]
     assert by_levels[1] < by_levels[2] < by_levels[3] < by_levels[0], "each level takes away error"
-    assert (tmp_path / "quantizers-latents.md").read_text().count("\n| ") == len(names) + 1
-    assert capsys.readouterr().out.count("| fsq |") == 1
+    assert (tmp_path / "quantizers-latents.md").read_text().count("\n| ") == len(names) + 2
+    assert capsys.readouterr().out.count("| fsq |") == 2, "as it is found, and in the table"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["quantizers-latents.json", "quantizers-latents.md"]

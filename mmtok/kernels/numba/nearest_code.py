@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmtok.kernels.numba.score_tile import CODES, FOLD_ROWS
 from mmtok.kernels.numba.search import (
-    code_norms,
-    exact,
+    chain_few,
+    exact_row,
     load_rows,
     search,
     search_products,
-    search_scores,
     shift_codebook,
 )
-from mmtok.kernels.row_search import reduced_precision
 
 _MATRIX_ROWS, _MATRIX_WIDTH, _MATRIX_CODES = 64, 48, 256  # from here on bf16 products are worth their preparation
 _PRODUCT_BYTES = 8 << 20  # of one block of rows
 _CODES_PER_ROW = 16  # looked at in fp64 on average; with more, fp32 scores are faster
-_FEW_ROWS = 64  # below, shifting and packing the codebook would cost more than the search
+_FEW_ROWS = 24  # up to here, preparing the codebooks would cost more than the search
+
+
+def takes_few(num_rows: int, codebooks: Sequence[Tensor]) -> bool:
+    """Whether `few_codes` is the way for so many rows and these codebooks."""
+    return num_rows <= _FEW_ROWS and all(c.dtype == torch.float32 and c.is_contiguous() for c in codebooks)
+
+
+def few_codes(z: Tensor, codebooks: Sequence[Tensor], metric: str) -> Tensor:
+    """z (N, D), codebooks Q of (K, D) -> codes (N, Q) of the chain, without preparing anything."""
+    codes = np.empty((z.shape[0], len(codebooks)), np.int64)
+    addresses = np.array([c.data_ptr() for c in codebooks])
+    chain_few(z.detach().double().clone().numpy(), addresses, len(codebooks[0]), metric == "cosine", codes)
+    return torch.from_numpy(codes)
 
 
 class CompiledSearch:
@@ -36,12 +49,6 @@ class CompiledSearch:
         K, D = self.codebook.shape
         self.inverse, self.centre = np.empty(K), np.empty(D)
         self.short, self.packed = None, None
-        self.few = num_rows < _FEW_ROWS and 4 * num_rows * K <= _PRODUCT_BYTES and not reduced_precision("cpu")
-        if self.few:
-            self.half = np.empty(K)
-            self.reach = code_norms(self.codebook, self.cosine, self.half, self.inverse)
-            self.columns = torch.from_numpy(self.codebook).T
-            return
         padded = -(-K // CODES) * CODES
         self.shifted, self.half = np.empty((padded, D), np.float32), np.empty(padded, np.float32)
         self.reach = shift_codebook(self.codebook, self.cosine, self.shifted, self.half, self.centre, self.inverse)
@@ -59,10 +66,6 @@ class CompiledSearch:
         """x (N, D), any floating type -> codes (N,)."""
         rows, codes = as_array(x), np.empty(x.shape[0], np.int64)
         known = (self.codebook, self.inverse, self.cosine)
-        if self.few:
-            products = torch.mm(torch.from_numpy(rows.astype(self.codebook.dtype, copy=False)), self.columns)
-            search_scores(rows, *known, products.numpy(), self.half, self.reach, codes)
-            return torch.from_numpy(codes)
         start = self._by_products(rows, codes) if self.short is not None else 0
         if start < len(rows):
             packed = self._pack() if self.packed is None else self.packed
@@ -78,8 +81,9 @@ class CompiledSearch:
         short = self.short
         assert short is not None
         (N, D), stride = x.shape, short.shape[1]
-        if N < FOLD_ROWS:
-            exact(x, self.codebook, self.inverse, self.cosine, codes)
+        if N < FOLD_ROWS:  # the end of some caller's blocks
+            for n in range(N):
+                codes[n] = exact_row(x[n], self.codebook, self.inverse, self.cosine, 0)
             return N
         block = min(N, max(_MATRIX_ROWS // 2, _PRODUCT_BYTES // (2 * stride)))
         rows, norms = np.empty((block, D), np.float32), np.empty(block)

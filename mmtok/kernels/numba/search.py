@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
+from mmtok.kernels.numba.compiling import compiled
 from mmtok.kernels.numba.score_tile import CODES, FOLD_ROWS, LANES, ROWS, fold_products, score_tile
 
 _ROWS_AT_ONCE = 48  # a multiple of 8 and of 6: their scores' minima stay in the first-level cache
@@ -15,22 +18,9 @@ _PART = 64  # terms of a distance between two looks whether it is already too lo
 _NONE = np.int32(0)
 
 
-def _compile(fastmath: Any = False) -> Any:
-    """A decorator: compile on first use and keep the result beside this file, or in the user's cache folder."""
-
-    def decorate(function: Any) -> Any:
-        options = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": fastmath}
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder can be written: compile once a process
-            return njit(**options)(function)
-
-    return decorate
-
-
-_compiled = _compile()
+_compiled = compiled()
 # Sums whose order the compiler may choose, so that it can use vectors: the same order for every code, so ties stay.
-_any_order = _compile({"reassoc", "contract"})
+_any_order = compiled({"reassoc", "contract"})
 
 
 @_compiled
@@ -115,13 +105,6 @@ def exact_row(x, codebook, inverse, cosine, guess):
         if total < best or (total == best and k < code):
             best, code = total, k
     return code
-
-
-@_compiled
-def exact(x, codebook, inverse, cosine, codes):
-    """`exact_row` for x (N, D) -> codes (N,): the way for a few rows, which needs no packed codebook."""
-    for n in range(x.shape[0]):
-        codes[n] = exact_row(x[n], codebook, inverse, cosine, 0)
 
 
 @_compiled
@@ -211,41 +194,77 @@ def search(x, codebook, inverse, cosine, packed, half, centre, reach, codes):
     return doubtful
 
 
-@_compiled
-def code_norms(codebook, cosine, half, inverse):
-    """half (K,) = |code|^2 / 2 and inverse 1, or 0 and 1 / |code| when ``cosine``; returns the greatest norm used."""
-    reach = 0.0
-    for k in range(codebook.shape[0]):
-        total = _square(codebook[k])
-        half[k] = 0.0 if cosine else 0.5 * total
-        inverse[k] = 1.0
-        if cosine:
-            inverse[k] = 1.0 / np.sqrt(total) if total > 0 else 0.0
-        reach = max(reach, 1.0 if cosine else total)
-    return np.sqrt(reach)
+@intrinsic
+def _as_pointer(typingctx, address):
+    """An integer as the address that it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), generate
+
+
+@_any_order
+def _short_difference(x, code):
+    total = np.float32(0)
+    for d in range(x.shape[0]):
+        total += (x[d] - code[d]) * (x[d] - code[d])
+    return total
+
+
+@_any_order
+def _short_product(x, code):
+    total = np.float32(0)
+    for d in range(x.shape[0]):
+        total += x[d] * code[d]
+    return total
 
 
 @_compiled
-def search_scores(x, codebook, inverse, cosine, products, half, reach, codes):
-    """codes (N,) of x (N, D) whose fp32 products with the codes as they are, (N, K), are known: the way for few rows.
+def chain_few(residual, addresses, codebook_size, cosine, codes):
+    """codes (N, Q) of the rows of ``residual`` (N, D) fp64, which is overwritten, by a chain of Q codebooks.
 
-    The proof is that of `search` without the shift of x and c, so with their whole lengths, and with one rounding more
-    for the division by |c|. Where a common offset makes it fail, rows are searched in fp64.
+    The way for few rows: nothing is prepared, and all levels are one call. addresses (Q,) are those of contiguous fp32
+    codebooks (K, D).
+
+    The proof. Squared distances as sums of squared differences in fp32 are off by (D + 4) u of themselves, and rounding
+    x by a = u |x| moves a distance by a, its square by at most 2 a distance + a^2. A product with the direction of x
+    is off by (D + 4) u |c|. Two levels of underflow are reserved. What is not certain is searched in fp64.
     """
-    K, D = codebook.shape
-    for n in range(x.shape[0]):
-        length = np.sqrt(_square(x[n]))
-        best, second, code = np.inf, np.inf, 0
+    (N, D), K = residual.shape, codebook_size
+    rows = np.empty((N, D), np.float32)
+    best, second, slack = np.empty(N), np.empty(N), np.empty(N)
+    inverse, nowhere = np.ones(K), np.zeros(D)
+    relative, least = 1.01 * (D + 6) * 2.0**-24, (D + 8) * 1.2e-38
+    for q in range(len(addresses)):
+        codebook = carray(_as_pointer(addresses[q]), (K, D), np.float32)  # pyright: ignore[reportCallIssue]
+        for n in range(N):
+            slack[n] = 2.0**-24 * _load_row(residual[n], nowhere, cosine, rows[n])
+        best[:] = np.inf
+        second[:] = np.inf
         for k in range(K):
-            score = half[k] - np.float64(products[n, k]) * inverse[k]
-            if score < best:
-                best, second, code = score, best, k
-            elif score < second:
-                second = score
-        error = 1.01 * (D + 10) * 2.0**-24 * (length * reach + 0.5 * reach * reach) + (D + 8) * 1.2e-38
-        if not second - best > 2.0 * error:
-            code = exact_row(x[n], codebook, inverse, cosine, code)
-        codes[n] = code
+            if cosine:
+                total = _square(codebook[k])
+                inverse[k] = 1.0 / np.sqrt(total) if total > 0 else 0.0
+            for n in range(N):
+                if cosine:
+                    score = -np.float64(_short_product(rows[n], codebook[k])) * inverse[k]
+                else:
+                    score = np.float64(_short_difference(rows[n], codebook[k]))
+                if score < best[n]:
+                    best[n], second[n], codes[n, q] = score, best[n], k
+                elif score < second[n]:
+                    second[n] = score
+        for n in range(N):
+            a, low, high = slack[n], best[n], second[n]
+            error = 2.0 * (relative + least)
+            if not cosine:
+                error = relative * (low + high) + 2.0 * a * (np.sqrt(low) + np.sqrt(high) + a) + 2.0 * least
+            if not high - low > error:
+                guess = codes[n, q] if low < np.inf else 0
+                codes[n, q] = exact_row(residual[n], codebook, inverse, cosine, guess)
+            for d in range(D):
+                residual[n, d] -= np.float64(codebook[codes[n, q], d])
 
 
 @_compiled

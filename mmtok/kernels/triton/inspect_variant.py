@@ -74,7 +74,7 @@ def all_variants() -> list[Variant]:
 
 
 def compile_variants(variants: Sequence[Variant], architectures: Sequence[int] = (80, 90)) -> Iterator[Compiled]:
-    """Compile each variant for each architecture; nothing stays on disk.
+    """Compile each variant for each of the architectures that it is meant for; nothing stays on disk.
 
     Raises:
         RuntimeError: this process runs triton's interpreter, under which nothing can be compiled.
@@ -83,7 +83,8 @@ def compile_variants(variants: Sequence[Variant], architectures: Sequence[int] =
         raise RuntimeError("expected a process without TRITON_INTERPRET, which replaces the compiler; unset it")
     with tempfile.TemporaryDirectory() as folder, _cache_in(Path(folder)), ThreadPoolExecutor(1) as disassembler:
         waiting: Future[Compiled] | None = None  # read by another process while the next one is compiled
-        for number, (variant, architecture) in enumerate(itertools.product(variants, architectures)):
+        pairs = [(v, a) for v, a in itertools.product(variants, architectures) if a in v.architectures]
+        for number, (variant, architecture) in enumerate(pairs):
             binary = Path(folder) / f"{number}.cubin"
             shared = _compile(variant, architecture, binary)
             reading = disassembler.submit(_read, variant, architecture, binary, shared)

@@ -281,6 +281,11 @@ def _other_variants() -> list[Variant]:
     return found
 
 
-VARIANTS: list[Variant] = [*search_variants("nearest_code", all_plans(1)), *_other_variants()]
-# Launched, and so compiled, for compute capability 9 only.
-HOPPER_VARIANTS: list[Variant] = search_variants("nearest_code/hopper", [plan(MAX_WIDTH, hopper=True)])
+VARIANTS: list[Variant] = [
+    *search_variants("nearest_code", all_plans(1)),
+    *(
+        dataclasses.replace(variant, architectures=(90,))  # launched for compute capability 9 only
+        for variant in search_variants("nearest_code/hopper", [plan(MAX_WIDTH, hopper=True)])
+    ),
+    *_other_variants(),
+]

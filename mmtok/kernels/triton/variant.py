@@ -18,6 +18,7 @@ class Variant:
         constants: values of the constexpr arguments.
         num_warps, num_stages: launch options.
         matrix_unit: whether the compiled code must hold a tensor-core instruction.
+        architectures: where it is launched, and so must compile: 80 for sm_80, 90 for sm_90.
         aligned: names of pointer and integer arguments that the launcher guarantees to be divisible by 16.
     """
 
@@ -29,3 +30,4 @@ class Variant:
     num_stages: int
     matrix_unit: bool = False
     aligned: tuple[str, ...] = ()
+    architectures: tuple[int, ...] = (80, 90)
