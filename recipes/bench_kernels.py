@@ -36,10 +36,11 @@ from benching.goals import Results, judge_goals
 from benching.memory import extra_memory
 from benching.nearest import exactness
 from benching.protocol import Row, Setting, ceilings, explain, floor_ms, measure, timer_for
-from benching.report import markdown, plot
+from benching.report import markdown, plot, short_tables
 from benching.table import chosen
 from tqdm import tqdm
 
+from mmtok.bench.shipped import replace_block
 from mmtok.tokens import write_atomic
 
 # Blocks come from the heap, and the heap is never given back: a page is touched for the first time once.
@@ -58,6 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of each op on a CPU (default 1)")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, two rounds: only checks the machinery")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readme", type=Path, help="file whose block results:kernels gets the short tables")
     return parser.parse_args(arguments)
 
 
@@ -186,6 +188,9 @@ def main(args: argparse.Namespace) -> int:
     run["goals"] = [] if args.smoke else judge_goals(Results(rows, run["exactness"]), args.device)
     run["load"] = f"{load}, {load_average()}"
     write(args, run, rows, items, notes)
+    if args.readme is not None:
+        text = replace_block(args.readme.read_text(), "results:kernels", short_tables(rows, run["goals"]))
+        write_atomic(args.readme, text.encode())
     wrong = [
         f"{r['name']}: {n}: {c}" for r in run["exactness"] for n, c in r["wrong"].items() if n[:5] == "mmtok" and c
     ]

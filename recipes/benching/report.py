@@ -211,3 +211,29 @@ def _competitors(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
             packages = [r for r in others if r.contestant.startswith(("vector-quantize-pytorch", "transformers"))]
             picked.append(((packages or others[:1])[-1], others[0]))
     return picked
+
+
+COMPARED = ("vector-quantize-pytorch, eval", "transformers EnCodec", "addmm+argmin", "faiss IndexFlatL2")
+
+
+def short_tables(rows: Sequence[Row], goals: Sequence[dict[str, Any]]) -> str:
+    """For the README: the search at every shape against the usual ways, and what was asked of the rest."""
+    contests: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row.contest.startswith(("nearest/", "cosine/")):
+            contests.setdefault(row.contest, {})[row.contestant] = row
+    cells = []
+    for contest, found in contests.items():
+        ours = next(row for row in found.values() if row.ours)
+        others = [
+            f"{number(statistics.median(found[name].ratio), 2)}x" if name in found and found[name].ratio else ""
+            for name in COMPARED
+        ]
+        usual = found.get(COMPARED[0])
+        memory = f"{number(ours.extra_mib, 2)} / {number(usual.extra_mib if usual else None, 2)}"
+        wrong = "" if ours.verdict is None else str(ours.verdict.wrong)
+        name = contest.removeprefix("nearest/").replace("/", " ")
+        cells.append([name, number(ours.median_ms), f"{number(ours.over_floor, 2)}x", *others, memory, wrong])
+    head = ["N x D x K", "mmtok ms", "over floor", "vector-quantize-pytorch", "EnCodec of transformers"]
+    head += ["addmm + argmin", "faiss", "extra MiB, ours / v-q-p", "wrong codes"]
+    return table(head, cells) + "\n\n" + goals_table(goals)

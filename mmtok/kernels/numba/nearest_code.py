@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor
 
 from mmtok.kernels.numba.score_tile import CODES, FOLD_ROWS
 from mmtok.kernels.numba.search import (
+    centre_codebook,
     chain_few,
     exact_row,
     load_rows,
     search,
     search_products,
-    shift_codebook,
+    shift_codes,
 )
 
 _MATRIX_ROWS, _MATRIX_WIDTH, _MATRIX_CODES = 64, 48, 256  # from here on bf16 products are worth their preparation
 _PRODUCT_BYTES = 8 << 20  # of one block of rows
 _CODES_PER_ROW = 16  # looked at in fp64 on average; with more, fp32 scores are faster
+_PIECE_NUMBERS = 1 << 18  # of the codebook that are shifted at once: 1 MiB
 _FEW_ROWS = 24  # up to here, preparing the codebooks would cost more than the search
 
 
@@ -48,19 +51,41 @@ class CompiledSearch:
         self.codebook, self.cosine = as_array(codebook), metric == "cosine"
         K, D = self.codebook.shape
         self.inverse, self.centre = np.empty(K), np.empty(D)
-        self.short, self.packed = None, None
-        padded = -(-K // CODES) * CODES
-        self.shifted, self.half = np.empty((padded, D), np.float32), np.empty(padded, np.float32)
-        self.reach = shift_codebook(self.codebook, self.cosine, self.shifted, self.half, self.centre, self.inverse)
+        centre_codebook(self.codebook, self.cosine, self.centre, self.inverse)
+        self.padded = -(-K // CODES) * CODES
+        self.half = np.empty(self.padded, np.float32)
+        self.short: Tensor | None = None  # (D, K') bf16
+        self.packed: np.ndarray | None = None
         if num_rows >= _MATRIX_ROWS and D >= _MATRIX_WIDTH and K >= _MATRIX_CODES and has_matrix_unit():
-            self.short = torch.from_numpy(self.shifted).bfloat16().T  # (D, K')
+            short = torch.empty(self.padded, D, dtype=torch.bfloat16)
+            self.reach = self._shift(lambda start, shifted: short[start : start + len(shifted)].copy_(shifted))
+            self.short = short.T
         else:
             self.packed = self._pack()
 
+    def _shift(self, take: Callable[[int, Tensor], object]) -> float:
+        """Hand the shifted codes over piece by piece, since a whole copy more would be large; returns their reach."""
+        D = self.codebook.shape[1]
+        size = min(self.padded, CODES * max(1, _PIECE_NUMBERS // (CODES * D)))
+        piece, reach = np.empty((size, D), np.float32), 0.0
+        for start in range(0, self.padded, size):
+            stop = min(start + size, self.padded)
+            known = (self.codebook[start:stop], self.inverse[start:stop], self.centre)
+            shifted = piece[: stop - start]
+            reach = max(reach, shift_codes(*known, shifted, self.half[start:stop]))
+            take(start, torch.from_numpy(shifted))
+        return math.sqrt(reach)
+
     def _pack(self) -> np.ndarray:
         """The negated codes (blocks, D, CODES), as `search` reads them."""
-        blocks = torch.from_numpy(self.shifted).unflatten(0, (-1, CODES)).transpose(1, 2)
-        return torch.neg(blocks).contiguous().numpy()
+        packed = torch.empty(self.padded // CODES, self.codebook.shape[1], CODES)
+
+        def take(start: int, shifted: Tensor) -> None:
+            blocks = shifted.unflatten(0, (-1, CODES)).transpose(1, 2)
+            torch.neg(blocks, out=packed[start // CODES : start // CODES + len(blocks)])
+
+        self.reach = self._shift(take)
+        return packed.numpy()
 
     def nearest(self, x: Tensor) -> Tensor:
         """x (N, D), any floating type -> codes (N,)."""

@@ -24,25 +24,32 @@ _any_order = compiled({"reassoc", "contract"})
 
 
 @_compiled
-def shift_codebook(codebook, cosine, shifted, half, centre, inverse):
-    """Fill what the searches want from a codebook (K, D); returns the greatest norm of a shifted code.
+def centre_codebook(codebook, cosine, centre, inverse):
+    """Fill centre (D,) fp64, the mean of the codes (K, D) or of their directions when ``cosine``, and inverse (K,).
 
-    shifted (K', D) fp32 = c - centre, c the code or its direction when ``cosine``, and 0 beyond K; half (K',) =
-    |c - centre|^2 / 2, infinite beyond K. inverse (K,) fp64 = 1 / |code| when ``cosine``, else 1; 0 for a zero code. A
-    zero code has cosine 0 with everything, which is the distance of a code of length 1 that is orthogonal: + 1/2.
+    inverse = 1 / |code| when ``cosine``, else 1; 0 for a zero code.
     """
     K, D = codebook.shape
+    centre[:] = 0.0
     for k in range(K):
         inverse[k] = 1.0
         if cosine:
             total = _square(codebook[k])
             inverse[k] = 1.0 / np.sqrt(total) if total > 0 else 0.0
-    centre[:] = 0.0
-    for k in range(K):
         for d in range(D):
             centre[d] += codebook[k, d] * inverse[k]
     for d in range(D):
         centre[d] /= K
+
+
+@_compiled
+def shift_codes(codebook, inverse, centre, shifted, half):
+    """Fill shifted (K', D) and half (K',) from codes (K, D), K <= K'; returns the greatest squared norm.
+
+    shifted, in fp32, = code * inverse - centre, and 0 beyond K; half = |shifted|^2 / 2, infinite beyond K. A zero code
+    has cosine 0 with everything, which is the distance of a code of length 1 that is orthogonal: + 1/2.
+    """
+    K, D = codebook.shape
     shifted[K:] = 0.0
     half[K:] = np.inf
     reach = 0.0
@@ -52,7 +59,7 @@ def shift_codebook(codebook, cosine, shifted, half, centre, inverse):
         total = _square(shifted[k])
         reach = max(reach, total)
         half[k] = np.float32(0.5 * total + (0.5 if inverse[k] == 0.0 else 0.0))
-    return np.sqrt(reach)
+    return reach
 
 
 @_any_order
@@ -153,7 +160,7 @@ def _settle(x, codebook, inverse, cosine, best, second, group, limit):
 def search(x, codebook, inverse, cosine, packed, half, centre, reach, codes):
     """codes (N,) of x (N, D) fp32 or fp64. Returns how many rows were settled in fp64.
 
-    packed (blocks, D, CODES) holds the negated codes that `shift_codebook` gives, half (blocks, CODES) their norms.
+    packed (blocks, D, CODES) holds the negated codes that `shift_codes` gives, half (blocks, CODES) their norms.
 
     The proof. Let u = 2^-24, r the row and c a code as shifted. Rounding to fp32 moves each coordinate by u of itself,
     so the product by 2u |r| |c| and the norm by u |c|^2; the sum of D + 1 terms adds (D + 1) u times their absolute
