@@ -6,9 +6,10 @@ Data:      `python recipes/fetch_data.py --out data`, or any folder of audio. La
            audio-codec-16k-4kbps gives before its own quantizer: training latents from randomly drawn training files
            (--minutes of sound), held-out latents from the clips that `recipes/ship.py` tests on (a folder without
            test files: its `val` part). One mean vector is subtracted and one number divided by, for all alike.
-Protocol:  each quantizer trains on the same frozen latents: AdamW at one rate with a cosine to 0 on what it has of
-           parameters, its own averages and k-means, loss = its own loss + mean square error of z_q; the same steps,
-           batches and seeds for all. `pq` and `per_dimension` are fitted instead. Figures are means over the seeds.
+Protocol:  each quantizer trains on the same frozen latents: AdamW on what it has of parameters, at one rate with a
+           cosine to 0 (a third of that rate where it diverges, which the table says); its own averages and k-means;
+           loss = its own loss + mean square error of z_q; the same steps, batches and seeds for all. `pq` and
+           `per_dimension` are fitted instead. Figures are means over the seeds.
            SNR = 10 log10(variance of z / mean square error) over all held-out positions, with a 95 % bootstrap
            interval over clips of the error that is averaged over the seeds. Usage, perplexity and dead codes (used
            less than 0.1 of the mean) are counted on held-out codes, mean over levels. "Entropy bits" is the sum of
@@ -131,9 +132,9 @@ def latents(codec: AudioCodec, clips: list[Tensor], unit: str) -> list[Tensor]:
     return found
 
 
-def train(quantizer: Quantizer, windows: Tensor, steps: int, batch: int, lr: float, seed: int) -> float:
-    """Train or fit on windows (M, WINDOW, D); CPU seconds."""
-    started, dim = time.process_time(), windows.shape[2]
+def train(quantizer: Quantizer, windows: Tensor, steps: int, batch: int, lr: float, seed: int) -> bool:
+    """Train or fit on windows (M, WINDOW, D); false when it diverged: ten times the error of no code at all."""
+    dim = windows.shape[2]
     if isinstance(quantizer, PerDimensionQuantizer):
         quantizer.fit(windows.view(-1, dim))
     elif isinstance(quantizer, ProductQuantizer):
@@ -141,18 +142,34 @@ def train(quantizer: Quantizer, windows: Tensor, steps: int, batch: int, lr: flo
     else:
         parameters, draw = list(quantizer.parameters()), torch.Generator().manual_seed(seed)
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0) if parameters else None
+        most = 10 * windows.square().mean().item()
         quantizer.train()
         for step in range(steps):
             z = windows[torch.randint(len(windows), (batch,), generator=draw)]
             with torch.set_grad_enabled(optimizer is not None):
                 out = quantizer(z)
+                error = (out.z_q - z).square().mean()
+            if not error.item() <= most:  # NaN too
+                return False
             if optimizer is not None:
                 optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
                 optimizer.zero_grad()
-                (out.loss + (out.z_q - z).square().mean()).backward()
+                (out.loss + error).backward()
                 optimizer.step()
     quantizer.eval()
-    return time.process_time() - started
+    return True
+
+
+def train_stably(config: Run, windows: Tensor, args: argparse.Namespace, seed: int) -> tuple[Quantizer, Run]:
+    """A trained quantizer with its CPU seconds and rate: --lr, or a third, a ninth ... of it while it diverges."""
+    lr = args.lr
+    while lr > 1e-3 * args.lr:
+        torch.manual_seed(seed)
+        quantizer, started = build_quantizer(config), time.process_time()
+        if train(quantizer, windows, args.steps, args.batch, lr, seed):
+            return quantizer, {"train_seconds": time.process_time() - started, "lr": lr}
+        lr /= 3
+    raise RuntimeError(f"{config}: diverged at every rate from {args.lr} down to {lr}")
 
 
 @torch.no_grad()
@@ -195,16 +212,19 @@ def summarise(name: str, config: Run, runs: list[Run]) -> Run:
     error, energy = np.array([r.pop("error") for r in runs]), np.array([r.pop("energy") for r in runs])
     by_seed = 10 * np.log10(energy.sum(1) / error.sum(1))
     row = {key: statistics.mean(r[key] for r in runs) for key in runs[0]}
+    if "lr" in row:
+        row["lr"] = max(r["lr"] for r in runs)
     interval = snr_interval(error.mean(0), energy[0])
     return {"name": name, "config": config, **row, "snr_db": interval, "snr_db_by_seed": by_seed.tolist()}
 
 
-def table(rows: list[Run]) -> str:
+def table(rows: list[Run], lr: float) -> str:
     header = "scheme; codes a position; bits; entropy bits; usage %; perplexity of K; dead %; SNR dB [95 %]"
     lines = []
     for r in rows:
         perplexity = f"{r['perplexity']:.0f} of {r['K']:.0f}" if r["K"] > 2 else f"{r['perplexity']:.2f} of 2"
-        cells = [r["name"], f"{r['levels']:.0f} x {r['K']:.0f}", f"{r['bits']:.4g}", f"{r['entropy_bits']:.1f}"]
+        name = r["name"] + (f" (diverged above rate {r['lr']:.1g})" if r.get("lr", lr) < lr else "")
+        cells = [name, f"{r['levels']:.0f} x {r['K']:.0f}", f"{r['bits']:.4g}", f"{r['entropy_bits']:.1f}"]
         cells += [f"{100 * r['usage']:.0f}", perplexity, f"{100 * r['dead_share']:.0f}", interval_text(r["snr_db"], 2)]
         cells += [f"{r['train_seconds']:.0f}" if "train_seconds" in r else "-"]
         lines.append([*cells, f"{r['encode_positions_per_second'] / 1000:.0f}"])
@@ -214,20 +234,20 @@ def table(rows: list[Run]) -> str:
 def compare(known: Tensor, held_out: list[Tensor], chosen: dict[str, Run], args: argparse.Namespace) -> list[Run]:
     """Rows of all chosen schemes, trained on known (M, WINDOW, D) and scored on held_out, each (T, D)."""
     rows: list[Run] = []
+    warm_up = {"type": "vq", "dim": known.shape[2], "codebook_size": 16}  # compiles what is compiled on first use
+    train(build_quantizer(warm_up), known, 2, args.batch, args.lr, args.seed)
     with tqdm(total=len(chosen) * args.seeds, desc="quantizers", unit="run") as bar:
         for name, config in chosen.items():
             bar.set_postfix_str(name)
             runs: dict[int | None, list[Run]] = {q: [] for q in (None, *PREFIXES.get(name, ()))}
             for seed in range(args.seed, args.seed + args.seeds):
-                torch.manual_seed(seed)
-                quantizer = build_quantizer(config)
-                seconds = train(quantizer, known, args.steps, args.batch, args.lr, seed)
+                quantizer, facts = train_stably(config, known, args, seed)
                 for q, found in runs.items():
-                    found.append(score(quantizer, held_out, q) | {"train_seconds": seconds})
+                    found.append(score(quantizer, held_out, q) | facts)
                 bar.update()
             for q, found in runs.items():
                 rows.append(summarise(name if q is None else f"{name}, first {q} of 8", config, found))
-            tqdm.write(table(rows[-len(runs) :]).split("\n", 2)[2])
+            tqdm.write(table(rows[-len(runs) :], args.lr).split("\n", 2)[2])
     return rows
 
 
@@ -235,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with speech.jsonl, or any audio")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of quantizers-latents.json and .md")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of each quantizer")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of each quantizer")
     parser.add_argument("--batch", type=int, default=64, help=f"windows of {WINDOW} positions a step")
     parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate, the same for all")
     parser.add_argument("--minutes", type=float, default=60.0, help="of training sound")
@@ -281,8 +301,8 @@ def main(arguments: list[str] | None = None) -> None:
         "cpu_minutes": round((time.process_time() - started) / 60, 1),
     }
     write_atomic(args.out / "quantizers-latents.json", (json.dumps(run | {"rows": rows}, indent=1) + "\n").encode())
-    write_atomic(args.out / "quantizers-latents.md", f"`{run['command']}`\n\n{table(rows)}\n".encode())
-    print(table(rows))
+    write_atomic(args.out / "quantizers-latents.md", f"`{run['command']}`\n\n{table(rows, args.lr)}\n".encode())
+    print(table(rows, args.lr))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,23 @@ def test_only_compiled_kernels_import_their_compiler(compiler):
                 pytest.fail(f"{short(path)}:{node.lineno} imports {compiler}: only kernels/{compiler} does")
 
 
+def test_what_numba_keeps_on_disk_is_whole_in_its_file():
+    """numba compiles again when a function's own file changes: what it took from another file would stay as it was."""
+    seen = 0
+    for path in python_files("mmtok/kernels/numba"):
+        module = tree(path)
+        names = {node.name for node in module.body if isinstance(node, ast.FunctionDef) and node.decorator_list}
+        if not names or path.stem == "compiling":
+            continue
+        seen += 1
+        for node in ast.walk(module):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmtok."):
+                assert node.module == "mmtok.kernels.numba.compiling", (
+                    f"{short(path)} compiles and imports {node.module}"
+                )
+    assert seen >= 2
+
+
 def test_heavy_packages_are_imported_inside_functions():
     wrong = []
     for path in python_files("mmtok"):

@@ -72,8 +72,7 @@ def test_most_rows_are_proved_in_fp32():
     import numpy as np
 
     from mmtok.kernels.numba.nearest_code import CompiledSearch
-    from mmtok.kernels.numba.score_tile import CODES
-    from mmtok.kernels.numba.search import search
+    from mmtok.kernels.numba.search import CODES, search
 
     for D, K in ((8, 1024), (40, 1024)):
         z, codebook = gaussian(5000, D), gaussian(K, D, seed=1)
@@ -133,8 +132,8 @@ class Without(dict):
 binding.get_host_cpu_features = lambda: Without(real)
 from mmtok.kernels.nearest_code import nearest_code, nearest_code_reference
 from mmtok.kernels.dispatch import force
-from mmtok.kernels.numba import score_tile
-assert (score_tile.LANES, score_tile.ROWS) == (8, 6)
+from mmtok.kernels.numba import search
+assert (search.LANES, search.ROWS) == (8, 6)
 torch.manual_seed(0)
 for N, D, K in ((100, 8, 300), (101, 33, 7), (50, 130, 260)):
     z, c = torch.randn(N, D), torch.randn(K, D)

@@ -1,5 +1,6 @@
 """recipes/compare_quantizers.py: the figures by closed forms, every scheme of the zoo, and what it writes."""
 
+import argparse
 import json
 import math
 import sys
@@ -81,7 +82,7 @@ def test_after_training_the_error_is_below_that_of_the_mean(name: str):
     torch.manual_seed(0)
     windows = torch.stack(clips(8, (recipe.WINDOW,) * 12))
     quantizer = build_quantizer(recipe.schemes(8, 4)[name])
-    recipe.train(quantizer, windows, steps=40, batch=4, lr=1e-2, seed=0)
+    assert recipe.train(quantizer, windows, steps=40, batch=4, lr=1e-2, seed=0)
     found = recipe.score(quantizer, list(windows))
     assert not quantizer.training
     assert sum(found["error"]) < 0.95 * sum(found["energy"])
@@ -97,6 +98,18 @@ def test_training_learns_the_parameters_and_draws_by_its_seed():
         ends.append(sum(recipe.score(quantizer, list(windows))["error"]))
         assert ends[-1] < before
     assert ends[0] == ends[1] != ends[2]
+
+
+def test_a_training_that_diverges_starts_again_at_a_third_of_the_rate():
+    windows = torch.stack(clips(8, (recipe.WINDOW,) * 12))
+    args = argparse.Namespace(steps=20, batch=4, lr=30.0)
+    config = {"type": "fsq", "dim": 8, "levels": [4, 4, 4]}
+    quantizer, facts = recipe.train_stably(config, windows, args, seed=0)
+    assert facts["lr"] < 30.0
+    assert sum(recipe.score(quantizer, list(windows))["error"]) < 10 * float(windows.square().sum())
+    row = recipe.summarise("x", config, [recipe.score(quantizer, list(windows)) | facts])
+    assert "diverged above" in recipe.table([row], 30.0)
+    assert "diverged" not in recipe.table([row], facts["lr"])
 
 
 def test_mean_over_seeds_is_of_the_errors():

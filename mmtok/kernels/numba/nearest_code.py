@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtok.kernels.numba.score_tile import CODES, FOLD_ROWS
 from mmtok.kernels.numba.search import (
+    CODES,
+    FOLD_ROWS,
     centre_codebook,
     chain_few,
     exact_row,
