@@ -16,7 +16,9 @@ Protocol:  each quantizer trains on the same frozen latents: AdamW on what it ha
            the levels' log2 perplexity: what a memoryless coder of each level alone would need. Times are CPU seconds
            of one thread.
 Writes:    quantizers-latents.json and quantizers-latents.md.
-Result:    recipes/results/quantizers-latents.md, and the section "Which quantizer when" of README.md.
+Time:      15 CPU minutes on one core of a Xeon with AMX, 2 seeds, beside other work.
+Result:    11,986 held-out positions; 10 bits: vq (EMA) 4.2 dB, fsq 2.3 dB; 80 bits: rvq (EMA) 11.6 dB, binary 7.1 dB.
+           All rows: recipes/results/quantizers-latents.md, and the section "Which quantizer when" of README.md.
 """
 
 from __future__ import annotations
@@ -212,8 +214,6 @@ def summarise(name: str, config: Run, runs: list[Run]) -> Run:
     error, energy = np.array([r.pop("error") for r in runs]), np.array([r.pop("energy") for r in runs])
     by_seed = 10 * np.log10(energy.sum(1) / error.sum(1))
     row = {key: statistics.mean(r[key] for r in runs) for key in runs[0]}
-    if "lr" in row:
-        row["lr"] = max(r["lr"] for r in runs)
     interval = snr_interval(error.mean(0), energy[0])
     return {"name": name, "config": config, **row, "snr_db": interval, "snr_db_by_seed": by_seed.tolist()}
 
@@ -223,7 +223,7 @@ def table(rows: list[Run], lr: float) -> str:
     lines = []
     for r in rows:
         perplexity = f"{r['perplexity']:.0f} of {r['K']:.0f}" if r["K"] > 2 else f"{r['perplexity']:.2f} of 2"
-        name = r["name"] + (f" (diverged above rate {r['lr']:.1g})" if r.get("lr", lr) < lr else "")
+        name = r["name"] + (f" (diverged; at mean rate {r['lr']:.1g})" if r.get("lr", lr) < lr else "")
         cells = [name, f"{r['levels']:.0f} x {r['K']:.0f}", f"{r['bits']:.4g}", f"{r['entropy_bits']:.1f}"]
         cells += [f"{100 * r['usage']:.0f}", perplexity, f"{100 * r['dead_share']:.0f}", interval_text(r["snr_db"], 2)]
         cells += [f"{r['train_seconds']:.0f}" if "train_seconds" in r else "-"]

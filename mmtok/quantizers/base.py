@@ -83,7 +83,7 @@ class Quantizer(nn.Module, abc.ABC):
             num_codebooks: use only the first so many levels; None = all.
 
         Raises:
-            ValueError: wrong shape, NaN or infinity at a valid position, num_codebooks out of range.
+            ValueError: wrong shape, num_codebooks out of range, NaN or infinity at a valid position or in the weights.
         """
         self._check_levels(num_codebooks)
         self._check_shape(z)
@@ -91,6 +91,12 @@ class Quantizer(nn.Module, abc.ABC):
         check_is_finite(z, "z")
         with torch.autocast(z.device.type, enabled=False):
             out = self._quantize(z.float(), mask, num_codebooks)
+        if not torch.compiler.is_compiling() and z.device.type != "meta" and not bool(torch.isfinite(out.loss)):
+            raise ValueError(
+                f"expected a finite loss for finite z, got {float(out.loss.detach())}: weights or codebooks of the "
+                f"quantizer are not finite, as after a training that diverged; go back to an earlier checkpoint and "
+                f"lower the learning rate"
+            )
         if mask is not None:
             single = out.z_q_first is out.z_q
             out.z_q = torch.where(mask[..., None], out.z_q, 0.0)

@@ -31,6 +31,12 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
 
 
+def frozen_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the linear layer gives, with a gradient to x but none to the layer."""
+    assert isinstance(layer, nn.Linear)
+    return exact_linear(x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+
 def join_linears(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """The sum of the layers' outputs, each taking its own part of x (..., widths together), as one product."""
     weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)

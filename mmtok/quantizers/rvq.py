@@ -12,7 +12,7 @@ from mmtok.kernels.residual_codes import factorised_codes, residual_codes, resid
 from mmtok.quantizers.base import Quantized, Quantizer, masked_mean
 from mmtok.quantizers.codebook import Codebook, update_codebooks
 from mmtok.quantizers.gradient import check_gradient, choose_gradient
-from mmtok.quantizers.linear import ExactLinear, join_linears
+from mmtok.quantizers.linear import ExactLinear, frozen_linear, join_linears
 
 
 @dataclasses.dataclass
@@ -41,8 +41,10 @@ class ResidualVectorQuantizer(Quantizer):
     has one outer step of ``gradient`` from z to the sum; straight-through makes it exactly one.
 
     With ``codebook_dim`` (factorised codes, arXiv 2306.06546) every level has a Linear into its codebook's space and
-    one back. z_q then takes its gradient through the chain of those Linears, with a step of ``gradient`` inside each,
-    since the reconstruction must not push what the narrow spaces cannot carry.
+    one back. The gradient of z_q reaches z through the chain of those Linears, with a step of ``gradient`` inside each,
+    since the reconstruction must not push what the narrow spaces cannot carry. The Linears themselves learn from their
+    own level alone: through the chain their gradients multiply from level to level, and training diverged (on latents
+    of a speech codec with AdamW from a rate of 1e-3 on).
 
     Args:
         dim: D of z. num_codebooks: Q. codebook_size: K, the same at all levels.
@@ -130,13 +132,14 @@ class ResidualVectorQuantizer(Quantizer):
         """The first ``num_codebooks`` levels of z (B, T, D), item b using ``levels`` (B,) of them where ``valid``."""
         residual = z  # what is left, with gradient one to z
         chain = torch.zeros_like(z)  # the sum so far, with its gradient where levels have projections
-        first = chain
+        seen_by_z = first = chain  # the sum so far with the gradient to z alone
         codes, terms, seen = [], [], []
         for q in range(num_codebooks):
             on = valid & (levels > q)[:, None]  # (B, T)
-            y, code, losses, looked_up = self._level(q, z, residual, chain, on)
+            y, y_z, code, losses, looked_up = self._level(q, z - seen_by_z, residual, on)
             y = torch.where(on[..., None], y, 0.0)
             residual, chain = residual - y.detach(), chain + y
+            seen_by_z = seen_by_z + torch.where(on[..., None], y_z, 0.0)
             first = first if q else chain
             codes.append(torch.where(on, code, 0))
             terms.append(losses)
@@ -163,10 +166,14 @@ class ResidualVectorQuantizer(Quantizer):
         return Quantized(run.z_q, codes, loss, stats | usage_perplexity(counts), run.z_q_first)
 
     def _level(
-        self, q: int, z: Tensor, residual: Tensor, chain: Tensor, on: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Codebook, Tensor, Tensor, Tensor]]:
-        """Level q where ``on`` (B, T): its contribution (B, T, D), codes (B, T), losses (2,), and what it searched."""
-        book, T = self._book(q), z.shape[1]
+        self, q: int, left: Tensor, residual: Tensor, on: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Codebook, Tensor, Tensor, Tensor]]:
+        """Level q where ``on`` (B, T), of the residual (B, T, D) and of ``left``, the same with its gradient to z.
+
+        Returns its contribution (B, T, D), that again with the gradient to z alone, codes (B, T), losses (2,), and what
+        it searched.
+        """
+        book, T = self._book(q), residual.shape[1]
         pooled, some = self._pool(q, residual, on)  # (B, G, D), (B, G) bool
         h = self.project_in[q](pooled) if self.codebook_dim is not None else pooled  # (B, G, d)
         flat, valid = h.detach().flatten(0, 1), some.flatten()  # (M, d), (M,)
@@ -177,12 +184,14 @@ class ResidualVectorQuantizer(Quantizer):
         losses = torch.stack(
             [masked_mean((h - e.detach()).square(), some), masked_mean((h.detach() - e).square(), some)]
         )
-        if self.codebook_dim is None:
-            y = e.detach()
-        else:  # the same values as h, but with the gradient through the levels before
-            h = self.project_in[q](self._pool(q, z - chain, on)[0])
-            y = self.project_out[q](choose_gradient(h, e, self.gradient))
-        return self._repeat(q, y, T), self._repeat(q, code.view(some.shape), T), losses, (book, flat, code, valid)
+        y = y_z = e.detach()
+        if self.codebook_dim is not None:
+            into, out = self.project_in[q], self.project_out[q]
+            h_z = frozen_linear(into, self._pool(q, left, on)[0])
+            y_z = frozen_linear(out, choose_gradient(h_z, e, self.gradient))
+            y = out(choose_gradient(into(pooled.detach()), e, self.gradient)) + (y_z - y_z.detach())
+        y, y_z, codes = (self._repeat(q, x, T) for x in (y, y_z, code.view(some.shape)))
+        return y, y_z, codes, losses, (book, flat, code, valid)
 
     def _pool(self, q: int, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D), valid (B, T) -> what level q sees of them: one vector for each of its codes."""

@@ -402,6 +402,15 @@ def test_bad_input_is_named(name):
         assert torch.equal(value, before[key]), f"{key} moved though the input was refused"
 
 
+@pytest.mark.parametrize("name", ["vq-cosine-narrow", "rvq-narrow", "binary-sign", "simvq"])
+def test_weights_that_are_not_finite_are_an_error(name):
+    quantizer = make(name)
+    with torch.no_grad():
+        next(quantizer.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="expected a finite loss for finite z, got nan"):
+        quantizer(latents(quantizer))
+
+
 def test_unknown_type_and_arguments_are_named():
     with pytest.raises(ValueError, match=r"type: expected one of vq, rvq, .*, got 'unheard'"):
         build_quantizer({"type": "unheard"})
