@@ -30,15 +30,28 @@ class RowSearch:
 
     def __init__(self, codebook: Tensor, metric: str) -> None:
         self.original, self.cosine = codebook.detach(), metric == "cosine"
-        self.centre, c, half = shifted(self.original, self.cosine)
-        self.reach = c.norm(dim=1).max()
-        c = torch.cat([-c, half[:, None]], 1)  # (K, D + 1)
+        K, D = codebook.shape
+        self.centre, inverse = centre_of(self.original, self.cosine)
         # A captured graph does not see the setting change later, so it always takes the way that no setting touches.
-        self.split = torch.compiler.is_compiling() or reduced_precision(c.device.type)
-        if self.split:
-            c = _join_thirds(c, _CODE_PARTS)
-        self.codebook = c.T.contiguous()  # (D + 1 or 6 (D + 1), K)
-        self.relative = 1.01 * (2 if self.split else 1) * (c.shape[1] + codebook.shape[1] + 10) * 2.0**-24
+        captured = torch.compiler.is_compiling()
+        self.split = captured or reduced_precision(codebook.device.type)
+        rows = (D + 1) * (len(_CODE_PARTS) if self.split else 1)
+        self.relative = 1.01 * (2 if self.split else 1) * (rows + D + 10) * 2.0**-24
+        step = K if captured else max(1, _EXACT_AT_ONCE // D)  # by pieces, since a second copy would be large
+        parts = (
+            shift_codes(self.original[k : k + step], inverse[k : k + step], self.centre) for k in range(0, K, step)
+        )
+        if captured:
+            c, self.reach = next(parts)
+            self.codebook = self._split_codes(c).T.contiguous()  # (D + 1 or 6 (D + 1), K)
+            return
+        self.codebook, self.reach = torch.empty(rows, K, device=codebook.device), self.centre.new_zeros(())
+        for k, (c, reach) in zip(range(0, K, step), parts, strict=True):
+            self.codebook[:, k : k + step] = self._split_codes(c).T
+            self.reach = torch.maximum(self.reach, reach)
+
+    def _split_codes(self, c: Tensor) -> Tensor:
+        return _join_thirds(c, _CODE_PARTS) if self.split else c
 
     def nearest(self, x: Tensor) -> Tensor:
         """x (N, D), any floating type -> codes (N,)."""
@@ -88,31 +101,31 @@ class RowSearch:
         return _join_thirds(rows, _ROW_PARTS) if self.split else rows
 
 
-def shifted(codebook: Tensor, cosine: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codebook (K, D) -> its mean (D,), the codes less that (K, D) fp32, and half their squared norms (K,) fp32.
+def centre_of(codebook: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
+    """The mean (D,) fp32 of the codes (K, D), or of their directions; and what scales each code, (K, 1) fp64 or fp32.
 
-    With ``cosine`` the codes are scaled to length 1 first. A zero code has cosine 0 with everything: as far away as a
-    code of length 1 that is orthogonal, so half a unit is added to its norm.
+    The scale is 1, or 1 / |code| for ``cosine``, and 0 for a zero code.
     """
-    c = codebook.detach()
     if not cosine:
-        c = c if c.dtype == torch.float64 else c.float()
-        centre = c.mean(0).float()
-        c = (c - centre.to(c.dtype)).float()
-        return centre, c, 0.5 * c.square().sum(1)
-    length = c.double().norm(dim=1, keepdim=True) if c.numel() <= _EXACT_AT_ONCE else _by_parts(c)
-    inverse = torch.where(length > 0, 1 / length, 0.0)  # (K, 1) fp64
-    centre = (c * inverse.to(c.dtype)).mean(0).float()
-    out = torch.empty_like(c, dtype=torch.float32)
-    step = max(1, _EXACT_AT_ONCE // c.shape[1])
-    for k in range(0, c.shape[0], step):
-        out[k : k + step] = c[k : k + step].double() * inverse[k : k + step] - centre
-    return centre, out, 0.5 * out.square().sum(1) + torch.where(inverse[:, 0] > 0, 0.0, 0.5).float()
+        c = codebook if codebook.dtype == torch.float64 else codebook.float()
+        return c.mean(0).float(), c.new_ones(codebook.shape[0], 1)
+    step = max(1, _EXACT_AT_ONCE // codebook.shape[1])
+    parts = codebook.split(step) if codebook.numel() > _EXACT_AT_ONCE else (codebook,)
+    length = torch.cat([part.double().norm(dim=1, keepdim=True) for part in parts])
+    inverse = torch.where(length > 0, 1 / length, 0.0)
+    return (codebook * inverse.to(codebook.dtype)).mean(0).float(), inverse
 
 
-def _by_parts(c: Tensor) -> Tensor:
-    step = max(1, _EXACT_AT_ONCE // c.shape[1])
-    return torch.cat([part.double().norm(dim=1, keepdim=True) for part in c.split(step)])
+def shift_codes(codebook: Tensor, inverse: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """[centre - c, |c - centre|^2 / 2] (K, D + 1) fp32 for codes c times ``inverse``, and the greatest |c - centre|.
+
+    A zero code (inverse 0) has cosine 0 with everything: as far away as a code of length 1 that is orthogonal, so half
+    a unit is added to its norm.
+    """
+    c = (codebook * inverse - centre.to(inverse.dtype)).float()
+    square = c.square().sum(1, keepdim=True)
+    half = 0.5 * square + torch.where(inverse > 0, 0.0, 0.5).float()
+    return torch.cat([-c, half], 1), square.max().sqrt()
 
 
 def distances(x: Tensor, c: Tensor, cosine: bool) -> Tensor:
