@@ -83,7 +83,7 @@ def over_rows(num_rows: int, work: Callable[[int, int], None], cost: float, devi
     """Call ``work(start, stop)`` over all rows; on a CPU by as many threads as torch uses, each on its own rows.
 
     Ops inside ``work`` then run on one thread each: threads that meet again after every small op wait for each other,
-    which on a busy machine costs up to 30 times the op.
+    which on a busy machine costs many times the op.
 
     Args:
         num_rows: rows in all; nothing is called for 0. work: called for one part after the other, concurrently.
@@ -126,4 +126,4 @@ def over_rows(num_rows: int, work: Callable[[int, int], None], cost: float, devi
 
 
 _PARTS = 6  # for each thread
-_WORTH_A_THREAD = 4e8  # multiply-adds: some 5 ms of one core, against 0.1 ms to start a thread that may have to wait
+_WORTH_A_THREAD = 4e8  # multiply-adds: below, starting a thread that may have to wait for its core does not pay

@@ -68,7 +68,7 @@ class RowSearch:
     def _nearest_block(self, x: Tensor, scores: Tensor) -> Tensor:
         rows = self._shift(x)  # (n, D)
         torch.mm(self._widen(rows), self.codebook, out=scores)
-        best, codes = scores.min(1)  # 2.4 times faster on a CPU than argmin; the lowest code on ties
+        best, codes = scores.min(1)  # on a CPU faster than argmin; the lowest code on ties
         second = scores.scatter_(1, codes[:, None], torch.inf).amin(1)
         error = self.relative * self.reach * (rows.norm(dim=1) + 0.5 * self.reach) + 1e-36
         doubtful = (~(second - best > 2 * error)).nonzero()[:, 0]  # also when either is not a number

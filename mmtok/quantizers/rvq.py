@@ -43,8 +43,8 @@ class ResidualVectorQuantizer(Quantizer):
     With ``codebook_dim`` (factorised codes, arXiv 2306.06546) every level has a Linear into its codebook's space and
     one back. The gradient of z_q reaches z through the chain of those Linears, with a step of ``gradient`` inside each,
     since the reconstruction must not push what the narrow spaces cannot carry. The Linears themselves learn from their
-    own level alone: through the chain their gradients multiply from level to level, and training diverged (on latents
-    of a speech codec with AdamW from a rate of 1e-3 on).
+    own level alone: through the chain their gradients multiply from level to level, and training diverged
+    (recipes/LOG.md, 2026-11-22).
 
     Args:
         dim: D of z. num_codebooks: Q. codebook_size: K, the same at all levels.

@@ -205,6 +205,34 @@ def test_autocast_and_half_inputs():
         assert torch.equal(nearest_code(low, codebook), nearest_code_reference(low, codebook))
 
 
+@each_implementation
+@pytest.mark.parametrize("N", [5, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_codebooks_of_other_types(implementation, N, dtype):
+    z, codebook = gaussian(N, 12), gaussian(90, 12, seed=1).to(dtype)
+    for metric in ("euclidean", "cosine"):
+        with force(implementation):
+            assert torch.equal(nearest_code(z, codebook, metric), nearest_code_reference(z, codebook, metric))
+
+
+def test_a_broken_package_is_named_and_does_without(monkeypatch):
+    import importlib
+
+    def refuse(name: str) -> None:
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    installed.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"numba is installed but cannot be imported \(Numba needs NumPy"):
+            assert not installed("numba")
+        assert torch.equal(nearest_code(torch.eye(3), torch.eye(3)), torch.arange(3))
+    finally:
+        monkeypatch.undo()
+        installed.cache_clear()
+
+
 def test_cosine_ignores_length():
     torch.manual_seed(0)
     z, codebook = torch.randn(100, 8), torch.randn(64, 8)

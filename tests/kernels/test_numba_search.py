@@ -88,7 +88,7 @@ def test_few_rows_through_a_chain(metric):
     """Offsets, tiny scales, duplicates and zero codes on the way that prepares nothing."""
     from mmtok.kernels.numba.nearest_code import few_codes, takes_few
 
-    for mean, sd in ((0.0, 1.0), (100.0, 0.1), (0.0, 1e-25), (0.0, 1e18)):
+    for mean, sd in ((0.0, 1.0), (100.0, 0.1), (0.0, 1e-25), (0.0, 1e20)):
         codebooks = sd * gaussian(3, 60, 10) * 0.5 ** torch.arange(3)[:, None, None]
         codebooks[0] += mean
         codebooks[1, 40:] = codebooks[1, :20]

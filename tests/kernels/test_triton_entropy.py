@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import results_of
 from torch import Tensor
 
 from mmtok.kernels.binary_codes import binary_entropy_grouped
@@ -73,11 +72,7 @@ def run_in_interpreter(out: str) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    out = tmp_path_factory.mktemp("interpreted") / "results.pt"
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, str(out)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+    return results_of(__file__, tmp_path_factory.mktemp("interpreted"))
 
 
 @pytest.mark.parametrize("name", CASES)
