@@ -18,6 +18,12 @@ from mmtok.tokens import TokenSpec
 
 TOKENIZERS = {
     "binary1d": "mmtok.image.binary1d:Binary1D",
+    "bridge": "mmtok.image.bridge:Bridge",
+    "causal1d": "mmtok.image.causal1d:Causal1D",
+    "dynamic": "mmtok.image.dynamic:Dynamic",
+    "raster2d": "mmtok.image.raster2d:Raster2D",
+    "textok": "mmtok.image.textok:TexTok",
+    "titok": "mmtok.image.titok:TiTok",
     "codec": "mmtok.audio.codec:AudioCodec",
 }
 HUB_PREFIX = "hf:"
@@ -106,7 +112,8 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
         raise CheckpointError(
             f"{folder}: config or weights do not fit {class_name}: {reason}; restore the files"
         ) from e
-    absent = [k for k in missing if not k.endswith(TRAINING_STATE)]
+    external = tokenizer.external_prefixes()
+    absent = [k for k in missing if not k.endswith(TRAINING_STATE) and not k.startswith(external)]
     if absent or unexpected:
         raise CheckpointError(f"{folder}: missing weights {absent[:3]}, unexpected {unexpected[:3]}; restore the files")
     revive_training_state(tokenizer, missing)

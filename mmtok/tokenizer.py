@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmtok.data import audio as audio_io
 from mmtok.data import images as image_io
+from mmtok.layers.text import TextEncoder, TextFeatures, build_text_encoder
 from mmtok.quantizers.base import Quantized
 from mmtok.tokens import Tokens, TokensError, TokenSpec, side_value, write_atomic
 
@@ -48,6 +49,7 @@ class Tokenizer(nn.Module):
         self.config = config
         self.name = self.type_name
         self._hash: tuple[tuple, str] | None = None
+        self._text_encoder: TextEncoder | None = None
 
     def base_spec(self) -> TokenSpec:
         """The spec without name and fingerprint."""
@@ -75,8 +77,15 @@ class Tokenizer(nn.Module):
         return super().train(mode)
 
     def weights(self) -> dict[str, Tensor]:
-        """State that inference reads: the state dict without the codebooks' training statistics."""
-        return {k: v for k, v in self.state_dict().items() if not k.endswith(TRAINING_STATE)}
+        """State that inference reads and a checkpoint holds: without the codebooks' training statistics, and without
+        frozen helpers that the config names with a checksum (modules with ``external_weights``)."""
+        external = self.external_prefixes()
+        state = self.state_dict()
+        return {k: v for k, v in state.items() if not k.endswith(TRAINING_STATE) and not k.startswith(external)}
+
+    def external_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the state dict's keys whose values come from outside the checkpoint."""
+        return tuple(f"{name}." for name, m in self.named_modules() if getattr(m, "external_weights", False))
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +113,53 @@ class Tokenizer(nn.Module):
     def _check_conditions(self, text: Any) -> None:
         if text is not None and "text" not in self.base_spec().conditions:
             raise ValueError(f"{self.name}: text was given, but this tokenizer takes no text; leave it out")
+
+    def text_features(self, text: Any, count: int) -> TextFeatures | None:
+        """Features of ``count`` texts: strings (through the text encoder that the config names), or given ones.
+
+        Args:
+            text: None, one string for all items, a list of ``count`` strings, `TextFeatures`, or a tensor (B, S, D).
+
+        Raises:
+            ValueError: another count, width or type. ImportError: the text encoder is not installed.
+        """
+        if text is None:
+            return None
+        config = self.config.get("text_encoder")
+        if isinstance(text, str) or (isinstance(text, (list, tuple)) and all(isinstance(t, str) for t in text)):
+            texts = [text] * count if isinstance(text, str) else list(text)
+            if len(texts) != count:
+                raise ValueError(f"text: expected one string, or {count} (one an item), got {len(texts)}")
+            if config is None:
+                raise ValueError(f"text: {self.name} names no text encoder; pass features (B, S, D) instead of strings")
+            if self._text_encoder is None:
+                self._text_encoder = build_text_encoder(config)
+            return self._text_encoder.to(self.device)(texts)
+        if isinstance(text, Tensor):
+            text = TextFeatures(text, torch.ones(text.shape[:2], dtype=torch.bool, device=text.device))
+        if not isinstance(text, TextFeatures):
+            kind = type(text).__name__
+            raise ValueError(f"text: expected strings, TextFeatures or a tensor of features (B, S, D), got {kind}")
+        features = text
+        if not bool(torch.isfinite(features.states[features.mask]).all()):
+            raise ValueError("text: expected finite features, got NaN or infinity")
+        if len(features.states) != count:
+            raise ValueError(f"text: expected features of {count} items, got {len(features.states)}")
+        if config is not None and features.states.shape[2] != config["dim"]:
+            raise ValueError(
+                f"text: expected features of width {config['dim']} ({config['type']}), got {features.states.shape[2]}"
+            )
+        return features.to(self.device)
+
+    def use_text_encoder(self, source: str | Path) -> None:
+        """Read the text encoder that the config names from a local folder instead: the same weights, elsewhere.
+
+        Raises:
+            ValueError: this tokenizer reads no text.
+        """
+        if self.config.get("text_encoder") is None:
+            raise ValueError(f"{self.name} names no text encoder, so there is none to replace")
+        self._text_encoder = build_text_encoder({**self.config["text_encoder"], "source": str(source)})
 
     def _check_counts(self, num_codebooks: int | None, num_tokens: int | None) -> None:
         Q = self.base_spec().num_codebooks
@@ -177,12 +233,21 @@ class ImageTokenizer(Tokenizer):
     default_size: int = 128
     batch_limit: int = 32
 
-    def encode_pixels(self, x: Tensor, num_codebooks: int | None, num_tokens: int | None) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> codes (B, Q, T)."""
+    def encode_pixels(
+        self, x: Tensor, num_codebooks: int | None, num_tokens: int | None, text: TextFeatures | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [0, 1] of `encode_size` -> codes (B, Q, T) and the valid positions of each item (B,)."""
         raise NotImplementedError
 
-    def decode_pixels(self, codes: Tensor, height: int, width: int) -> Tensor:
-        """Codes (B, Q, T) -> (B, 3, H, W)."""
+    def decode_pixels(
+        self,
+        codes: Tensor,
+        height: int,
+        width: int,
+        text: TextFeatures | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """One item's valid codes (1, Q, T), any prefix in Q and T -> (1, 3, height, width)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -196,13 +261,15 @@ class ImageTokenizer(Tokenizer):
     ) -> Tokens:
         """Encode a path, PIL image, array, tensor or a list of them; see `mmtok.data.images.to_pictures`.
 
-        Raises ValueError naming expected and got for a wrong shape, dtype, range or NaN.
+        ``text`` (for tokenizers whose spec names it as a condition) is one string for all pictures, one for each, or
+        features; see `text_features`. Raises ValueError naming expected and got for a wrong shape, dtype, range or NaN.
         """
         if sample_rate is not None:
             raise ValueError(f"{self.name}: sample_rate is for audio; leave it out for images")
         self._check_conditions(text)
         self._check_counts(num_codebooks, num_tokens)
         pictures, _ = image_io.to_pictures(x)
+        features = self.text_features(text, len(pictures))
         groups: dict[tuple[int, int], list[int]] = {}
         for i, p in enumerate(pictures):
             groups.setdefault((p.pixels.shape[1], p.pixels.shape[2]), []).append(i)
@@ -212,9 +279,10 @@ class ImageTokenizer(Tokenizer):
                 for start in range(0, len(members), self.batch_limit):
                     part = members[start : start + self.batch_limit]
                     batch = torch.stack([image_io.to_rgb(pictures[i].pixels) for i in part]).to(self.device)
-                    batch = self._resize(batch, self.working_size(*size))
-                    codes = self.encode_pixels(batch, num_codebooks, num_tokens)
-                    found.update(zip(part, codes, strict=True))
+                    batch = self._resize(batch, self.encode_size(*size))
+                    some = None if features is None else features[part]
+                    codes, lengths = self.encode_pixels(batch, num_codebooks, num_tokens, some)
+                    found.update((i, c[:, : int(n)]) for i, c, n in zip(part, codes, lengths, strict=True))
         codes = torch.nn.utils.rnn.pad_sequence([found[i].T for i in range(len(pictures))], batch_first=True)
         codes = codes.transpose(1, 2).contiguous()
         lengths = integers([found[i].shape[1] for i in range(len(pictures))]).to(codes.device)
@@ -230,6 +298,15 @@ class ImageTokenizer(Tokenizer):
         """The size at which the network sees a picture: its own, or shrunk to ``max_size`` on the longer side."""
         scale = min(1.0, self.max_size / max(height, width))
         return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def encode_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which `encode_pixels` sees a picture, where it is not the one that `decode_pixels` makes."""
+        return self.working_size(height, width)
+
+    def size_without_side(self, num_tokens: int) -> tuple[int, int]:
+        """Height and width at which codes decode that come without them, e.g. from a language model."""
+        del num_tokens
+        return self.default_size, self.default_size
 
     def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if tuple(x.shape[-2:]) == size:
@@ -248,6 +325,7 @@ class ImageTokenizer(Tokenizer):
         """Pictures in [0, 1] with the input's height, width and channels: (B, C, H, W), or a list when they differ.
 
         Args:
+            text: as in `encode`, for tokenizers whose spec names it as a condition.
             size: (H, W) to decode at instead of the stored one.
             generator: unused by deterministic decoders.
         """
@@ -258,18 +336,22 @@ class ImageTokenizer(Tokenizer):
         longest = self.base_spec().num_tokens
         if longest is not None and len(tokens) and int(tokens.lengths.max()) > longest:
             raise TokensError(f"lengths: expected at most {longest} tokens an image, got {int(tokens.lengths.max())}")
+        features = self.text_features(text, len(tokens))
         out: list[Tensor] = []
         with evaluation(self):
             for i in range(len(tokens)):
                 item = tokens[i]
                 sides = range(1, image_io.MAX_PIXELS + 1)
-                height = side_value(item, "height", self.default_size, sides)
-                width = side_value(item, "width", self.default_size, sides)
+                height, width = self.size_without_side(item.codes.shape[2])
+                height = side_value(item, "height", height, sides)
+                width = side_value(item, "width", width, sides)
                 channels = side_value(item, "channels", 3, (1, 3, 4))
                 height, width = size or (height, width)
                 if height * width > image_io.MAX_PIXELS:
                     raise ValueError(f"expected at most {image_io.MAX_PIXELS} px, got {height} x {width}; pass size=")
-                pixels = self.decode_pixels(item.codes.to(self.device), *self.working_size(height, width))
+                some = None if features is None else features[[i]]
+                working = self.working_size(height, width)
+                pixels = self.decode_pixels(item.codes.to(self.device), *working, some, generator)
                 pixels = self._resize(pixels.float().clamp(0, 1), (height, width))[0]
                 out.append(image_io.from_rgb(pixels, channels).cpu())
         return stack(out) if out else torch.zeros(0, 3, self.default_size, self.default_size)

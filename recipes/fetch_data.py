@@ -2,6 +2,7 @@
 
     python recipes/fetch_data.py --out data                 everything but music (1.5 GB to download)
     python recipes/fetch_data.py --out data --only images   one kind, or single sets or packages by name
+    python recipes/fetch_data.py --out data --helpers       frozen networks instead of data, to OUT/helpers (190 MB)
     python recipes/fetch_data.py --list                     what there is, with sizes and licences
     python recipes/fetch_data.py --smoke                    no download: only checks the machinery
 
@@ -43,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fetching.clients import DiskFullError, FetchError, obtain
 from fetching.formats import members, rcc_members, read_sound
+from fetching.networks import fetch_networks, networks_table
 from fetching.sources import Item, Source, split_of
 from fetching.speak import PIPER, speak
 from fetching.table import NOTICE, SOURCES
@@ -451,6 +453,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="images, speech, music, or names of sets or packages (see --list)"
     )
+    parser.add_argument(
+        "--helpers", action="store_true", help="the pretrained networks that recipes use (see --list), and nothing else"
+    )
     parser.add_argument("--list", action="store_true", help="show the sets with sizes, packages and licences, and stop")
     parser.add_argument(
         "--smoke", action="store_true", help="no download: check the table and list pictures of installed packages"
@@ -465,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         if options.list:
-            print(table())
+            print(table() + "\n" + networks_table())
             return 0
         if options.smoke:
             with tempfile.TemporaryDirectory(prefix="fetch-smoke-") as aside:
@@ -473,6 +478,12 @@ def main(arguments: list[str] | None = None) -> int:
                 return smoke(options.out / "smoke" if options.out else Path(aside))
         out = options.out or Path("data")
         with alone(out):
+            if options.helpers:
+                write_atomically(out / ".gitignore", "*\n")
+                failed = fetch_networks(out, options.keep_archives)
+                for line in failed:
+                    print(f"error: {line}", file=sys.stderr)
+                return 1 if failed else 0
             return fetch_all(choose(options.only), out, options.keep_archives)
     except FetchError as error:
         print(f"error: {error}", file=sys.stderr)

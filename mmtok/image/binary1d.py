@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmtok.layers.resize import RESIZE, grid_positions, grid_sines
+from mmtok.layers.tail_drop import tail_mask
+from mmtok.layers.text import TextFeatures
 from mmtok.layers.transformer import Block, RMSNorm, rope_tables
-from mmtok.quantizers.binary import BinaryQuantizer
+from mmtok.quantizers import build_quantizer
 from mmtok.tokenizer import ImageTokenizer, Reconstruction
 from mmtok.tokens import TokenSpec
 
@@ -94,7 +96,12 @@ class Binary1D(ImageTokenizer):
         absolute_positions: add fixed 2-D sines to image and mask tokens. The original has rotary positions only, so at
             the start all mask tokens are alike but for whom they attend to, and a short run stays at the mean colour.
         image_size: longer side above which pictures are reduced before encoding.
-        quantizer: further arguments of `BinaryQuantizer` (kind, bits_per_code, temperature, weights of its losses).
+        quantizer: further arguments of `BinaryQuantizer` (kind, bits_per_code, temperature, weights of its losses); or,
+            with a ``type`` of `mmtok.quantizers.QUANTIZERS`, another quantizer with its arguments (num_bits is unused
+            then), for comparisons.
+
+    ``tail_drop`` is an attribute, since only training reads it: set it to ``uniform`` or ``powers``
+    (`mmtok.layers.tail_drop`) and every ``tokens.keep(num_tokens=k)`` decodes well afterwards.
     """
 
     type_name = "binary1d"
@@ -138,7 +145,7 @@ class Binary1D(ImageTokenizer):
         if resize not in RESIZE:
             raise ValueError(f"resize: expected one of {sorted(RESIZE)}, got {resize!r}")
         self.num_tokens, self.patch_size, self.span, self.max_size = num_tokens, patch_size, span, image_size
-        self.absolute_positions = absolute_positions
+        self.absolute_positions, self.tail_drop = absolute_positions, "none"
         down, up = RESIZE[resize]
         enc_dim, dec_dim = encoder[0], decoder[0]
         shared = (head_dim, mlp_ratio, axes_dims, rope)
@@ -147,7 +154,8 @@ class Binary1D(ImageTokenizer):
         self.encoder = Stack(encoder, *shared, resize=down(enc_dim), factor=0.5)
         self.encoder_norm = RMSNorm(enc_dim)
         self.encoder_out = nn.Linear(enc_dim, enc_dim)
-        self.quantizer = BinaryQuantizer(enc_dim, num_bits, **config["quantizer"])
+        binary = {"type": "binary", "num_bits": num_bits} if "type" not in config["quantizer"] else {}
+        self.quantizer = build_quantizer({**binary, **config["quantizer"], "dim": enc_dim})
         self.decoder_in = nn.Sequential(RMSNorm(enc_dim), nn.Linear(enc_dim, dec_dim))
         self.mask_token = nn.Parameter(torch.randn(dec_dim) * 0.02)
         self.decoder = Stack(decoder, *shared, resize=up(dec_dim), factor=2)
@@ -189,14 +197,26 @@ class Binary1D(ImageTokenizer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Reconstruction:
         """(B, 3, H, W) in [0, 1] -> reconstruction of the same size; ``mask`` (B, num_tokens) keeps some latents."""
         padded = self._pad(x)
+        if mask is None and self.training:
+            mask = tail_mask(self.tail_drop, len(x), self.num_tokens, x.device)
         quantized = self.quantizer(self.latent(padded), mask)
         x_hat = self.pixels(quantized.z_q, *padded.shape[-2:])
         return Reconstruction(x_hat[..., : x.shape[2], : x.shape[3]], quantized)
 
-    def encode_pixels(self, x: Tensor, num_codebooks: int | None, num_tokens: int | None) -> Tensor:
-        return self.quantizer.encode(self.latent(self._pad(x)), num_codebooks)[..., :num_tokens]
+    def encode_pixels(
+        self, x: Tensor, num_codebooks: int | None, num_tokens: int | None, text: TextFeatures | None
+    ) -> tuple[Tensor, Tensor]:
+        codes = self.quantizer.encode(self.latent(self._pad(x)), num_codebooks)[..., :num_tokens]
+        return codes, torch.full((len(x),), codes.shape[2])
 
-    def decode_pixels(self, codes: Tensor, height: int, width: int) -> Tensor:
+    def decode_pixels(
+        self,
+        codes: Tensor,
+        height: int,
+        width: int,
+        text: TextFeatures | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         unit = 2 * self.patch_size
         z_q = self.quantizer.decode(codes)
         z_q = F.pad(z_q, (0, 0, 0, self.num_tokens - z_q.shape[1]))  # tokens cut off are 0, as those that forward masks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -91,6 +91,8 @@ class ImageObjective:
         perceptual_weight: its weight.
         quantizer_weight: of the quantizer's own loss.
         adversary: see `Adversary`.
+        aux_weights: of named losses in ``Reconstruction.aux``, e.g. ``{"ratio_loss": 2.0}``; a name that the forward
+            does not give is an error.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class ImageObjective:
         perceptual_weight: float = 0.1,
         quantizer_weight: float = 1.0,
         adversary: Adversary | None = None,
+        aux_weights: Mapping[str, float] | None = None,
     ):
+        self.aux_weights = dict(aux_weights or {})
         self.l2_weight, self.l1_weight = l2_weight, l1_weight
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.quantizer_weight = quantizer_weight
@@ -123,6 +127,11 @@ class ImageObjective:
             distance = self.perceptual(x_hat, x)
             loss = loss + self.perceptual_weight * distance
             terms["perceptual"] = distance.detach()
+        for name, weight in self.aux_weights.items():
+            if name not in output.aux:
+                raise ValueError(f"aux_weights: expected names among {sorted(output.aux)}, got {name!r}")
+            loss = loss + weight * output.aux[name]
+            terms[name] = output.aux[name].detach()
         gan, gan_terms = self.adversary.generator_terms(x_hat, x, step)
         return loss + gan, terms | gan_terms
 

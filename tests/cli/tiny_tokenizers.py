@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmtok.layers.text import TextFeatures
 from mmtok.tokenizer import AudioTokenizer, ImageTokenizer
 from mmtok.tokens import TokenSpec
 
@@ -21,13 +22,23 @@ class TinyImage(ImageTokenizer):
     def base_spec(self) -> TokenSpec:
         return TokenSpec(self.name, "image", (16, 16), num_tokens=16)
 
-    def encode_pixels(self, x: Tensor, num_codebooks: int | None, num_tokens: int | None) -> Tensor:
+    def encode_pixels(
+        self, x: Tensor, num_codebooks: int | None, num_tokens: int | None, text: TextFeatures | None
+    ) -> tuple[Tensor, Tensor]:
         cells = torch.nn.functional.adaptive_avg_pool2d(x.mean(1), 4).flatten(1)
         byte = (cells * 255).round().long()
         codes = torch.stack([byte // 16, byte % 16], dim=1)  # (B, 2, 16)
-        return codes[:, :num_codebooks, :num_tokens]
+        codes = codes[:, :num_codebooks, :num_tokens]
+        return codes, torch.full((len(x),), codes.shape[2])
 
-    def decode_pixels(self, codes: Tensor, height: int, width: int) -> Tensor:
+    def decode_pixels(
+        self,
+        codes: Tensor,
+        height: int,
+        width: int,
+        text: TextFeatures | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         byte = codes[:, 0] * 16 + (codes[:, 1] if codes.shape[1] > 1 else 8)
         byte = torch.nn.functional.pad(byte, (0, 16 - byte.shape[1]), value=128)
         cells = (byte / 255 * self.one).reshape(-1, 1, 4, 4).expand(-1, 3, -1, -1)

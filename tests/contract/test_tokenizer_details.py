@@ -14,7 +14,8 @@ from torch import Tensor
 from mmtok import auto
 from mmtok.audio.codec import AudioCodec
 from mmtok.image.binary1d import PUBLISHED, Binary1D
-from mmtok.tokenizer import Tokenizer
+from mmtok.quantizers.codebook import Codebook
+from mmtok.tokenizer import ImageTokenizer, Tokenizer
 from mmtok.tokens import Tokens, TokensError
 
 
@@ -71,9 +72,12 @@ def test_bare_codes_decode_at_the_models_own_size(tok: Tokenizer):
     x, rate = next(iter(inputs(tok).values())) if tok.modality == "image" else SOUNDS["5000"]
     tokens = tok.encode(x, rate)
     bare = Tokens(tokens.codes, tokens.lengths, tokens.spec)
-    assert tuple(one(tok.decode(bare)).shape) == ((3, 128, 128) if tok.modality == "image" else (1, 16 * 320))
+    picture = (3, *tok.size_without_side(tokens.codes.shape[2])) if isinstance(tok, ImageTokenizer) else ()
+    assert tuple(one(tok.decode(bare)).shape) == (picture or (1, 16 * 320))
     nothing = Tokens(tokens.codes[..., :0], torch.tensor([0]), tokens.spec)
-    assert tuple(one(tok.decode(nothing)).shape) == ((3, 128, 128) if tok.modality == "image" else (1, 0))
+    if isinstance(tok, ImageTokenizer):
+        picture = (3, *tok.size_without_side(0))
+    assert tuple(one(tok.decode(nothing)).shape) == (picture or (1, 0))
 
 
 def test_the_fingerprint_follows_the_weights(fresh: Tokenizer, tmp_path: Path):
@@ -111,7 +115,8 @@ def test_training_statistics_are_no_part_of_the_fingerprint(fresh: Tokenizer):
     buffers = [b for n, b in fresh.named_buffers() if n.endswith(("cluster_size", "codebook_sum"))]
     for b in buffers:
         b.add_(1)
-    assert fresh.fingerprint == first and bool(buffers) == (fresh.modality == "audio")
+    books = [m for m in fresh.modules() if isinstance(m, Codebook) and m.learning == "ema"]
+    assert fresh.fingerprint == first and len(buffers) >= len(books)
     fresh.half()
     assert next(iter(fresh.parameters())).dtype == torch.float16 and fresh.fingerprint != first
 
@@ -129,11 +134,12 @@ def test_a_dtype_that_cannot_hold_the_weights_is_refused(fresh: Tokenizer, tmp_p
 
 def test_arguments_of_the_other_modality_are_refused(tok: Tokenizer):
     x, rate = next(iter(inputs(tok).values()))
-    with pytest.raises(ValueError, match="text was given, but this tokenizer takes no text"):
-        tok.encode(x, rate, text="a cat")
     tokens = tok.encode(x, rate)
-    with pytest.raises(ValueError, match="text was given"):
-        tok.decode(tokens, text="a cat")
+    if "text" not in tok.spec.conditions:
+        with pytest.raises(ValueError, match="text was given, but this tokenizer takes no text"):
+            tok.encode(x, rate, text="a cat")
+        with pytest.raises(ValueError, match="text was given"):
+            tok.decode(tokens, text="a cat")
     if tok.modality == "image":
         with pytest.raises(ValueError, match="sample_rate is for audio"):
             tok.encode(x, 16000)
@@ -143,8 +149,9 @@ def test_arguments_of_the_other_modality_are_refused(tok: Tokenizer):
                 tok.decode(tokens, size=size)  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match="px"):
             tok.decode(tokens, size=(10**5, 10**5))
-        longer = Tokens(tokens.codes.repeat(1, 1, 2), tokens.lengths * 2, tokens.spec, tokens.side)
-        with pytest.raises(TokensError, match="at most 6 tokens an image, got 12"):
+        times = 1 + int(tok.spec.num_tokens or 0) // int(tokens.lengths[0])
+        longer = Tokens(tokens.codes.repeat(1, 1, times), tokens.lengths * times, tokens.spec, tokens.side)
+        with pytest.raises(TokensError, match=rf"at most \d+ tokens.*got {int(longer.lengths[0])}"):
             tok.decode(longer)
     else:
         with pytest.raises(ValueError, match="sample_rate: mandatory"):

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from mmtok.audio.codec import AudioCodec
 from mmtok.image.binary1d import Binary1D
+from mmtok.image.bridge import Bridge
+from mmtok.image.causal1d import Causal1D
+from mmtok.image.dynamic import Dynamic
+from mmtok.image.raster2d import Raster2D
+from mmtok.image.textok import TexTok
+from mmtok.image.titok import TiTok
+from mmtok.quantizers.codebook import Codebook
 from mmtok.tokenizer import Tokenizer
 
 
@@ -59,9 +66,92 @@ def tiny_spectral_codec() -> AudioCodec:
     )
 
 
+VISION = {
+    "type": "timm",
+    "name": "vit_tiny_patch16_224",
+    "image_size": 64,
+    "arguments": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+}
+TEXT = {"type": "minilm", "source": "package", "dim": 8, "max_tokens": 5}
+
+
+def tiny_textok(text_in: tuple[str, ...], quantizer: dict[str, Any]) -> TexTok:
+    return TexTok(
+        num_tokens=6,
+        latent_dim=6,
+        patch_size=4,
+        encoder=(16, 2, 2),
+        decoder=(16, 2, 2),
+        image_size=24,
+        text_in=text_in,
+        text_encoder=TEXT,
+        quantizer=quantizer,
+    )
+
+
+def tiny_titok(teacher: dict[str, Any] | None = None, **more: Any) -> TiTok:
+    return TiTok(
+        num_tokens=6,
+        token_size=6,
+        patch_size=4,
+        encoder=(16, 2, 2),
+        decoder=(16, 2, 2),
+        image_size=24,
+        quantizer={"type": "vq", "codebook_size": 128, "metric": "cosine"},
+        teacher=teacher,
+        **more,
+    )
+
+
+def tiny_raster() -> Raster2D:
+    quantizer = {"type": "rvq", "dim": 6, "codebook_size": 16, "num_codebooks": 2}
+    return Raster2D(width=8, multipliers=(1, 2), patch=2, quantizer=quantizer, image_size=32)
+
+
+def tiny_causal(head: dict[str, Any]) -> Causal1D:
+    return Causal1D(
+        num_tokens=6,
+        vision=VISION,
+        qformer={"dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "dropout": 0.0},
+        quantizer={"type": "vq", "dim": 6, "codebook_size": 32},
+        blocks=(1, 2, 2.0),
+        head=head,
+        pixel_decoder={"dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4},
+        image_size=24,
+    )
+
+
+def tiny_dynamic(keep_ratio: float, method: str) -> Dynamic:
+    return Dynamic(
+        vision=VISION,
+        merger=(16, 2, 2),
+        decoder=(16, 2, 2),
+        code_dim=6,
+        quantizer={"type": "vq", "codebook_size": 32},
+        keep_ratio=keep_ratio,
+        selection={"method": method},
+        pixels={"image_size": 24, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "gradient": True},
+    )
+
+
+TEACHER = {"width": 8, "multipliers": [1, 2], "patch": 2, "quantizer": {"type": "vq", "dim": 6, "codebook_size": 64}}
+VQ = {"type": "vq", "codebook_size": 32}
 TINY: dict[str, Callable[[], Tokenizer]] = {
     "binary1d": lambda: tiny_binary1d("rotary", "linear", True),
     "binary1d-published": lambda: tiny_binary1d("mixed", "dc", False),
+    "textok": lambda: tiny_textok(("encoder", "decoder"), {"type": "fsq", "levels": [5, 5, 4]}),
+    "textok-without-text": lambda: tiny_textok((), VQ),
+    "titok": tiny_titok,
+    "titok-legacy": lambda: tiny_titok(legacy_reshape=True, unit_latents=False),
+    "titok-two-stage": lambda: tiny_titok(TEACHER),
+    "tatitok": lambda: tiny_titok(text_encoder=TEXT),
+    "raster2d": tiny_raster,
+    "bridge": lambda: Bridge(width=8, multipliers=(1, 2), latent_dim=4, bits=3, image_size=32),
+    "bridge-sample": lambda: Bridge(width=8, multipliers=(1, 2), latent_dim=4, posterior="sample", image_size=32),
+    "causal1d": lambda: tiny_causal({"type": "B", "widths": [8, 4]}),
+    "dynamic": lambda: tiny_dynamic(1 / 2, "expected"),
+    "dynamic-gumbel": lambda: tiny_dynamic(1 / 2, "gumbel"),
+    "dynamic-all": lambda: tiny_dynamic(1.0, "expected"),
     "codec-centred": lambda: tiny_codec(False),
     "codec-causal": lambda: tiny_codec(True, codebook_dim=4),
     "codec-spectral": tiny_spectral_codec,
@@ -78,8 +168,17 @@ def build(name: str, seed: int = 0) -> Tokenizer:
             for p in tok.parameters():
                 p.mul_(3.0)
             tok.encoder_norm.weight.fill_(1.0)
-    if isinstance(tok, AudioCodec):
-        tok.train()(noise(4, 1, 6400))  # k-means puts the codebooks among the latents
+    if any(isinstance(m, Codebook) for m in tok.modules()):
+        # k-means puts the codebooks among the latents
+        tok.train()(noise(4, 1, 6400) if tok.modality == "audio" else image(24, 3, 24, 24))
+    if isinstance(tok, TiTok) and tok.teacher is not None:
+        tok.start_stage2()
+    if isinstance(tok, Bridge):
+        tok.calibrate([image(8, 3, 24, 24)], "standardise")
+    if isinstance(tok, Dynamic):
+        with torch.no_grad():
+            for p in (*tok.decoder.parameters(), *(tok.pixel_decoder or tok.decoder).parameters()):
+                p.mul_(4.0)
     return tok.eval()
 
 

@@ -18,6 +18,8 @@ TRAINING_FLAGS = {"--data", "--out", "--steps", "--resume", "--smoke", "--seed"}
 
 def flags(path: Path) -> list[str]:
     """First arguments of all ``add_argument`` calls that start with two dashes."""
+    if any(isinstance(n, ast.ImportFrom) and n.module == "imaging.grid" for n in ast.walk(tree(path))):
+        return [*CLAIM_FLAGS]
     calls = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     names = [a.value for c in calls if c.func.attr == "add_argument" for a in c.args if isinstance(a, ast.Constant)]  # type: ignore[attr-defined]
     return [name for name in names if isinstance(name, str) and name.startswith("--")]
@@ -25,6 +27,10 @@ def flags(path: Path) -> list[str]:
 
 def trains(path: Path) -> bool:
     return any(isinstance(n, ast.ImportFrom) and n.module == "mmtok.training" for n in ast.walk(tree(path)))
+
+
+CLAIM_FLAGS: list[str] = []
+CLAIM_FLAGS.extend(flags(ROOT / "recipes" / "imaging" / "grid.py"))  # what all recipes of a grid share
 
 
 def run_python(folder: Path, *arguments: str) -> str:
@@ -78,6 +84,9 @@ def test_recipe_runs_with_smoke(path: Path, tmp_path: Path):
     out = tmp_path / "out"
     run_python(tmp_path, str(path), "--smoke", *(["--out", str(out)] if "--out" in flags(path) else []))
     if trains(path):
-        assert (out / "tokenizer" / "model.safetensors").is_file()
-        assert (out / "log.jsonl").read_text().count("\n") >= 1
+        runs = [out] if (out / "log.jsonl").is_file() else sorted(p.parent for p in out.glob("*/finished.json"))
+        assert runs
+        for run in runs:
+            assert (run / "tokenizer" / "model.safetensors").is_file()
+            assert (run / "log.jsonl").read_text().count("\n") >= 1
         assert [p.name for p in tmp_path.iterdir()] == ["out"], "writes only below --out"

@@ -1,0 +1,1 @@
+"""What the recipes that check the claims of image tokenizers share."""

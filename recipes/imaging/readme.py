@@ -1,0 +1,116 @@
+"""The README's table of claims, from the stored results of the claim recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmtok.bench.shipped import markdown_table
+
+COMMAND = "`python recipes/claim_{}.py --data data --results recipes/results`"
+HEADER = ["system", "the paper's claim", "ours, at 64 px on a CPU", "command"]
+
+
+def claims_table(results: Path) -> str:
+    """One row a system; every number is read from ``results``."""
+    rows = [
+        ["TexTok", "text lowers rFID by 29 % (256 px) and 48 % (512 px)", textok(results), COMMAND.format("textok")],
+        ["Instella-T2I", "128 binary tokens hold a 1024 px image", binary(results), COMMAND.format("binary")],
+        ["SEED", "causal 1-D codes suit a causal LM and keep retrieval", causal(results), COMMAND.format("causal")],
+        ["LaVIT", "a third of the patches is enough", dynamic(results), COMMAND.format("dynamic")],
+        [
+            "TokenBridge",
+            "64 cells a number equal the continuous autoencoder",
+            bridge(results),
+            COMMAND.format("bridge"),
+        ],
+        ["TiTok", "two stages beat one; 32 tokens are enough", titok(results), COMMAND.format("titok")],
+    ]
+    return markdown_table(HEADER, rows)
+
+
+def read(results: Path, name: str) -> dict[str, Any]:
+    return json.loads((results / f"{name}.json").read_text())
+
+
+def gap(result: dict[str, Any], variant: str, score: str, digits: int) -> str:
+    """``+0.31 [0.20, 0.42]``: variant minus baseline."""
+    entry = result["differences"][variant][score]
+    if "low" in entry:
+        return f"{entry['mean']:+.{digits}f} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
+    return f"{entry['mean']:+.{digits}f} (seeds {', '.join(f'{v:+.{digits}f}' for v in entry['each'])})"
+
+
+def value(result: dict[str, Any], variant: str, score: str, digits: int) -> str:
+    return f"{result['variants'][variant][score]['mean']:.{digits}f}"
+
+
+def share(result: dict[str, Any], variant: str, score: str) -> str:
+    """Change against the baseline in percent, from the means."""
+    mine, base = (result["variants"][v][score]["mean"] for v in (variant, result["baseline"]))
+    return f"{100 * (mine / base - 1):+.0f} %"
+
+
+def textok(results: Path) -> str:
+    parts = []
+    for tokens in (4, 16):
+        r = read(results, f"claim-textok-{tokens}")
+        none = f"{tokens}-none"
+        parts.append(
+            f"{tokens} tokens, text in both: FD {share(r, f'{tokens}-both', 'frechet')} "
+            f"({value(r, none, 'frechet', 1)} without), PSNR {gap(r, f'{tokens}-both', 'psnr', 2)} dB, "
+            f"ST-LPIPS {gap(r, f'{tokens}-both', 'lpips', 4)}; encoder only PSNR "
+            f"{gap(r, f'{tokens}-encoder', 'psnr', 2)}, decoder only {gap(r, f'{tokens}-decoder', 'psnr', 2)}"
+        )
+    return "; ".join(parts)
+
+
+def binary(results: Path) -> str:
+    r = read(results, "claim-binary")
+    return (
+        f"16 tokens of 48 bits against 16 VQ codes of 12: PSNR {gap(r, 'binary-16x48', 'psnr', 2)} dB, "
+        f"FD {share(r, 'binary-16x48', 'frechet')}; at like bits, 16 x 12: {gap(r, 'binary-16x12', 'psnr', 2)} dB; "
+        f"64 VQ codes (768 bits, as 16 x 48) against 16: {gap(r, 'vq-64x12', 'psnr', 2)} dB"
+    )
+
+
+def causal(results: Path) -> str:
+    r = read(results, "claim-causal")
+    return (
+        f"bits of 128 under a causal transformer: causal {value(r, 'causal', 'model_bits', 1)}, bidirectional "
+        f"{value(r, 'bidirectional', 'model_bits', 1)}, 2-D raster {value(r, 'raster-2d', 'model_bits', 1)} "
+        f"(frequencies alone: {value(r, 'causal', 'position_bits', 1)}, "
+        f"{value(r, 'bidirectional', 'position_bits', 1)}, {value(r, 'raster-2d', 'position_bits', 1)}); "
+        f"recall@5 of a picture by its caption: embedding {value(r, 'causal', 'recall5_embedding', 1)} %, codes "
+        f"{value(r, 'causal', 'recall5_codes', 1)} %"
+    )
+
+
+def dynamic(results: Path) -> str:
+    r = read(results, "claim-dynamic")
+    parts = [
+        f"{label}: {value(r, name, 'tokens', 1)} tokens, recall@5 {value(r, name, 'recall5', 1)} %, "
+        f"probe {value(r, name, 'probe', 1)} %"
+        for name, label in (("keep-1", "keep all"), ("keep-half", "1/2"), ("keep-third", "1/3"))
+    ]
+    frozen = r["frozen_features"]
+    return "; ".join(parts) + f" (frozen features: {frozen['recall5']:.1f} %, {frozen['probe']:.1f} %)"
+
+
+def bridge(results: Path) -> str:
+    r = read(results, "claim-bridge")
+    parts = [f"{c} cells {gap(r, f'{c} cells', 'psnr', 2)} dB" for c in (64, 16, 4)]
+    heads = {k: sum(v) / len(v) for k, v in r["bits_a_number"].items()}
+    return (
+        f"PSNR {value(r, 'continuous', 'psnr', 2)} dB continuous; " + ", ".join(parts) + "; bits a number of 6: "
+        f"autoregressive head {heads['autoregressive']:.2f}, independent heads {heads['parallel']:.2f}"
+    )
+
+
+def titok(results: Path) -> str:
+    r = read(results, "claim-titok")
+    return (
+        f"32 tokens, PSNR: one stage {value(r, 'one-stage', 'psnr', 2)} dB, two stages "
+        f"{value(r, 'two-stage', 'psnr', 2)} dB, its 2-D teacher (64 codes) {value(r, 'teacher', 'psnr', 2)} dB"
+    )
