@@ -135,12 +135,13 @@ class Tokenizer(nn.Module):
             if self._text_encoder is None:
                 self._text_encoder = build_text_encoder(config)
             return self._text_encoder.to(self.device)(texts)
-        if isinstance(text, Tensor):
-            text = TextFeatures(text, torch.ones(text.shape[:2], dtype=torch.bool, device=text.device))
-        if not isinstance(text, TextFeatures):
+        features: Any = text
+        if isinstance(features, Tensor):
+            whole = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+            features = TextFeatures(features, whole)
+        if not isinstance(features, TextFeatures):
             kind = type(text).__name__
             raise ValueError(f"text: expected strings, TextFeatures or a tensor of features (B, S, D), got {kind}")
-        features = text
         if not bool(torch.isfinite(features.states[features.mask]).all()):
             raise ValueError("text: expected finite features, got NaN or infinity")
         if len(features.states) != count:

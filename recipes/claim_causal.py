@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from imaging.features import bits_per_image, first_of_each_caption, unigram_bits, vision_features, with_mirrors
+from imaging.features import bits_per_image, first_of_each_caption, hits, unigram_bits, vision_features, with_mirrors
 from imaging.grid import Training, Variant, arguments, run, scores_of, train_all
 from imaging.pictures import Captioned, SquareBatches, captioned_pictures, square
 from imaging.report import write_claim
@@ -33,7 +33,6 @@ from mmtok.bench.shipped import codebook_use
 from mmtok.image.causal1d import Causal1D
 from mmtok.image.raster2d import Raster2D
 from mmtok.metrics.image import psnr
-from mmtok.metrics.retrieval import recall_at_k
 from mmtok.tokenizer import Tokenizer, evaluation
 from mmtok.tokens import Tokens
 from mmtok.training import ImageObjective
@@ -144,9 +143,8 @@ def main() -> None:
                 text = tokenizer.embed_text(embeddings[asked].float())
                 continuous = tokenizer.embed(features=f[chosen].float())
                 coded = tokenizer.embed_codes(codes[chosen][:, None])
-            ks = (1, 5) if len(asked) >= 5 else (1,)
             for name, vectors in (("embedding", continuous), ("codes", coded)):
-                found[f"recall5_{name}"] = 100 * recall_at_k(text @ vectors.T, ks=ks)[ks[-1]]
+                found[f"recall5_{name}"] = hits(text @ vectors.T)
             found["asked"] = len(asked)
         return found
 

@@ -28,6 +28,8 @@ def test_golden_codes_and_decode(name):
     rate = {"sample_rate": int(golden["sample_rate"])} if "sample_rate" in golden else {}
     tokens = tokenizer.encode(golden["x"], **rate)
     # Another processor sums in another order; a code flips only where two are equally near.
+    if "lengths" in golden:
+        assert torch.equal(tokens.lengths, golden["lengths"])
     differ = (tokens.codes != golden["codes"].long()).float().mean()
     assert differ <= 0.01, f"{float(differ):.2%} of the codes differ from the golden"
     tokens.codes.copy_(golden["codes"])
@@ -51,7 +53,10 @@ def test_size_and_card(name):
 def test_scores_are_of_these_weights(name):
     """Stored scores belong to the weights in the tree, not to an earlier run."""
     result = RESULTS[name]
-    rows = [result["photos"], result["reduced"], result["stamps"]] if "photos" in result else result["speech"]
+    if "small" in result:
+        rows = result["small"]
+    else:
+        rows = [result["photos"], result["reduced"], result["stamps"]] if "photos" in result else result["speech"]
     assert {row["fingerprint"] for row in rows} == {mmtok.card(name)["fingerprint"]}
 
 
@@ -74,3 +79,15 @@ def test_readme_tables_come_from_the_stored_scores():
     speech = max(RESULTS["audio-codec-16k-4kbps"]["speech"], key=lambda r: r["num_codebooks"])
     assert f"{photos['psnr']['mean']:.2f} [" in text
     assert f"{speech['stoi']['mean']:.3f} [" in text
+
+
+def test_small_models_are_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    small = [row for name in NAMES for row in RESULTS[name].get("small", ())]
+    assert small
+    for row in small:
+        assert f"{row['psnr']['mean']:.2f} [" in text
+
+
+def test_all_checkpoints_fit():
+    assert sum(f.stat().st_size for f in (ROOT / "checkpoints").rglob("*") if f.is_file()) <= 60e6

@@ -41,7 +41,7 @@ class TextFeatures:
     def __len__(self) -> int:
         return len(self.states)
 
-    def __getitem__(self, items: int | slice | Tensor) -> TextFeatures:
+    def __getitem__(self, items: int | slice | list[int] | Tensor) -> TextFeatures:
         """Some of the texts; an integer gives a batch of one."""
         if isinstance(items, int):
             items = slice(items, items + 1 or None)

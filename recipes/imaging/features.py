@@ -13,6 +13,7 @@ from tqdm import tqdm
 from imaging.pictures import Captioned, square
 from mmtok.data.packed import image_reader, pack
 from mmtok.layers.vision import build_vision
+from mmtok.metrics.retrieval import recall_at_k
 from mmtok.tokens import write_atomic
 
 VISION = {"type": "efficientnet_lite0", "image_size": 224}
@@ -152,6 +153,12 @@ def unigram_bits(train: Tensor, test: Tensor, codebook_size: int) -> list[float]
         counts = torch.bincount(train[:, t], minlength=codebook_size).double() + 0.5
         total -= (counts / counts.sum()).log2()[test[:, t]]
     return total.tolist()
+
+
+def hits(similarity: Tensor, k: int = 5) -> list[float]:
+    """100 for each query (row i asks for column i) whose partner is among the k most similar items, else 0."""
+    k = min(k, len(similarity))
+    return [100 * recall_at_k(row[None], torch.tensor([i]), (k,))[k] for i, row in enumerate(similarity)]
 
 
 def ridge(x: Tensor, y: Tensor, weight: float = 1e-2) -> tuple[Tensor, Tensor, Tensor]:

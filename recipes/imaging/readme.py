@@ -95,7 +95,7 @@ def dynamic(results: Path) -> str:
         for name, label in (("keep-1", "keep all"), ("keep-half", "1/2"), ("keep-third", "1/3"))
     ]
     frozen = r["frozen_features"]
-    return "; ".join(parts) + f" (frozen features: {frozen['recall5']:.1f} %, {frozen['probe']:.1f} %)"
+    return "; ".join(parts) + f" (frozen features: {frozen['recall5']['mean']:.1f} %, {frozen['probe']:.1f} %)"
 
 
 def bridge(results: Path) -> str:
