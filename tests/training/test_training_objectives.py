@@ -54,6 +54,18 @@ def test_image_terms_and_weights():
     assert ImageObjective().frozen_modules() == []
 
 
+def test_named_losses_of_the_forward_are_weighted_and_unknown_names_refused():
+    output = reconstruction(torch.full((1, 3, 4, 4), 0.5))
+    output.aux = {"ratio_loss": torch.tensor(0.5, requires_grad=True), "other": torch.tensor(9.0)}
+    batch = {"x": torch.full((1, 3, 4, 4), 0.5)}
+    loss, terms = ImageObjective(aux_weights={"ratio_loss": 2.0}).generator_loss(output, batch, 0)
+    assert float(loss.detach()) == pytest.approx(1.0) and float(terms["ratio_loss"]) == 0.5 and "other" not in terms
+    loss.backward()
+    assert float(output.aux["ratio_loss"].grad) == pytest.approx(2.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"aux_weights: expected names among \['other', 'ratio_loss'\], got 'kl'"):
+        ImageObjective(aux_weights={"kl": 1.0}).generator_loss(output, batch, 0)
+
+
 def test_training_freezes_the_perceptual_network_that_was_passed_in(tmp_path):
     network = Distance()
     before = {k: v.clone() for k, v in network.state_dict().items()}
