@@ -32,6 +32,7 @@ from mmtok.quantizers.base import Quantized
 from mmtok.tokenizer import ImageTokenizer, Reconstruction
 from mmtok.tokens import TokenSpec
 
+SELECTION = {"method": "expected", "temperature": 1.0, "seed": 0, "ratio_over": "picture"}
 METHODS = ("expected", "threshold", "gumbel")
 
 PUBLISHED: dict[str, Any] = {  # LaVIT's sizes: encoder 1.01 B, selector 3 M, merger 398 M, feature decoder 403 M
@@ -150,13 +151,14 @@ class Dynamic(ImageTokenizer):
         code_dim: width of the code vectors; they are scaled to length 1 before the quantizer.
         quantizer: `build_quantizer`'s config without ``dim``; None = a VQ of 2048 codes.
         keep_ratio: rho, the share of patches to keep on average; 1 keeps all, without a selector.
-        selection: how patches are chosen outside training, ``{"method", "temperature": 1.0, "seed": 0}``. ``expected``,
+        selection: how patches are chosen outside training, see `SELECTION` for the keys. ``expected``,
             the default, keeps the n likeliest patches, n = the sum of their probabilities rounded: as many as training
             keeps on average. ``threshold`` keeps p > .5: the same once the selector is sure of itself, far fewer before
             (after a short training with keep_ratio 1/3, hardly any). ``gumbel`` keeps with probability p, as the
             released code does even at inference; ``encode`` then draws the same noise for every picture from ``seed``,
             so that a picture always has the same codes (`select` takes a generator for fresh draws). Training always
-            draws; ``temperature`` shapes its gradient.
+            draws; ``temperature`` shapes its gradient. ``ratio_over``: ``picture`` draws each picture to keep_ratio,
+            ``batch`` their mean, so that counts may differ.
         policy_eps: of the merger's softmax, 1e-6 for the released weights, see `policy_softmax`; 0 = a masked softmax.
         positions: add learnt positions to the merger's input, for encoders whose features tell no place. The original
             has none: its encoder's features have them.
@@ -191,7 +193,7 @@ class Dynamic(ImageTokenizer):
             "code_dim": code_dim,
             "quantizer": {"type": "vq", "codebook_size": 2048} if quantizer is None else dict(quantizer),
             "keep_ratio": keep_ratio,
-            "selection": {"method": "expected", "temperature": 1.0, "seed": 0, **(selection or {})},
+            "selection": {**SELECTION, **(selection or {})},
             "policy_eps": policy_eps,
             "positions": positions,
             "pixels": None if pixels is None else {**PIXELS, **pixels},
@@ -356,10 +358,10 @@ class Dynamic(ImageTokenizer):
         if x_hat.shape != x.shape:
             x_hat = F.interpolate(x_hat, x.shape[-2:], mode="bicubic", align_corners=False, antialias=True)
         restored = restored.float()
-        share = keep.mean(1)
+        share, per_picture = keep.mean(1), self.selection["ratio_over"] == "picture"
         aux = {
             "feature_loss": (1 - F.cosine_similarity(target, restored, dim=-1)).mean(),
-            "ratio_loss": (self.keep_ratio - share).square().mean(),
+            "ratio_loss": (self.keep_ratio - (share if per_picture else share.mean())).square().mean(),
             "mean_tokens": share.detach().mean() * self.num_tokens,
             "features": restored,
         }
@@ -387,8 +389,10 @@ class Dynamic(ImageTokenizer):
 
 def check_selection(selection: Mapping[str, Any]) -> dict[str, Any]:
     """The selection's settings; ValueError for a method, key or value that does not exist."""
-    if unknown := sorted(set(selection) - {"method", "temperature", "seed"}):
-        raise ValueError(f"selection: expected keys among method, temperature and seed, got {unknown}")
+    if unknown := sorted(set(selection) - set(SELECTION)):
+        raise ValueError(f"selection: expected keys among {sorted(SELECTION)}, got {unknown}")
+    if selection["ratio_over"] not in ("picture", "batch"):
+        raise ValueError(f"selection: expected ratio_over to be picture or batch, got {selection['ratio_over']!r}")
     if selection["method"] not in METHODS or selection["temperature"] <= 0:
         raise ValueError(
             f"selection: expected a method of {METHODS} and a temperature > 0, got {selection['method']!r} "

@@ -30,7 +30,7 @@ def vision_features(captioned: Captioned, cache: Path) -> Tensor:
         if found.shape == shape:
             return found
     size = vision.image_size
-    packed = pack(captioned.paths, cache, image_reader(size))
+    packed = pack(captioned.paths, cache / f"{size}px", image_reader(size))
     found = torch.zeros(shape, dtype=torch.float16)
     for start in tqdm(range(0, len(packed), 16), desc="vision features", mininterval=5):
         part = [square(packed[i], size) for i in range(start, min(start + 16, len(packed)))]

@@ -90,7 +90,7 @@ def captioned_pictures(data: Path, cache: Path, size: int) -> Captioned:
     colour (`image_reader`); others than squares are padded with the mean colour of their edge. Kept in ``cache``.
     """
     chosen = [s for s in find_sources(data, "image") if s.text and s.split in ("train", "val")]
-    packed = pack([s.path for s in chosen], cache, image_reader(size))
+    packed = pack([s.path for s in chosen], cache / f"{size}px", image_reader(size))  # a folder holds one size
     if len(packed) != len(chosen):
         raise ValueError(f"expected {len(chosen)} readable pictures, got {len(packed)}; see {cache}/*.failures.json")
     squares = [square(packed[i], size) for i in tqdm(range(len(packed)), desc="squares", mininterval=2)]

@@ -395,3 +395,23 @@ def test_published_sizes():
     assert tok.num_tokens == 256
     assert tok.base_spec().codebook_sizes == (16384,) and tok.quantizer.dim == 32
     assert parameters(tok.to_code) == W * W + W + W * 32 + 32
+
+
+def test_the_ratio_is_of_every_picture_or_of_the_batch():
+    """Counts of 1 and 0.25 of the patches miss 0.5 in each picture; their mean misses it by less."""
+    features = torch.randn(4, 16, 24, generator=torch.Generator().manual_seed(0))
+    losses, shares = {}, {}
+    for over in ("picture", "batch"):
+        tok = tiny()
+        tok.selection["ratio_over"] = over
+        keep = torch.zeros(4, 16)
+        keep[:2] = 1
+        keep[2:, :4] = 1
+        tok._select_alike = lambda target, keep=keep: keep  # type: ignore[method-assign]
+        out = tok.eval()(torch.rand(4, 3, 24, 24), features=features[:, : tok.num_tokens])
+        losses[over], shares[over] = float(out.aux["ratio_loss"]), tok.keep_ratio
+    rho = shares["picture"]
+    assert losses["picture"] == pytest.approx(((rho - 1) ** 2 + (rho - 0.25) ** 2) / 2, rel=1e-5)
+    assert losses["batch"] == pytest.approx((rho - 0.625) ** 2, rel=1e-5)
+    with pytest.raises(ValueError, match="ratio_over"):
+        tiny(selection={"ratio_over": "corpus"})
