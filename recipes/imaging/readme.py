@@ -9,7 +9,8 @@ from typing import Any
 
 from mmtok.bench.shipped import markdown_table
 
-COMMAND = "`python recipes/claim_{}.py --data data --results recipes/results`"
+COMMAND = "`python recipes/claim_{}.py --data data{} --results recipes/results`"
+FLAGS = {"binary": " --seeds 2", "dynamic": " --steps 450 --seeds 1", "titok": " --steps 300"}  # as they were run
 HEADER = ["system", "the paper's claim", "ours, at 64 px on a CPU", "command"]
 
 
@@ -18,7 +19,7 @@ def claims_table(results: Path) -> str:
     rows = []
     for name, (system, claim, ours) in SYSTEMS.items():
         if any(results.glob(f"claim-{name}*.json")):
-            rows.append([system, claim, ours(results), COMMAND.format(name)])
+            rows.append([system, claim, ours(results), COMMAND.format(name, FLAGS.get(name, ""))])
     return markdown_table(HEADER, rows)
 
 
