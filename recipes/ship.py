@@ -81,9 +81,6 @@ in the picture, with blurred colours: the codes describe features of a frozen Ef
     "image-bridge-f8-16x6": """A continuous autoencoder (8 x 8 px a position) whose 16 numbers a position are rounded to
 64 cells after training: close to the original, at 96 bits a position, so many bits. Trained on 64 px crops for a few
 minutes without a perceptual or adversarial loss. Pictures above 256 px are reduced before encoding.""",
-    "image-titok-64px-32x10": """Trained on 64 px crops for a few minutes without a perceptual or adversarial loss:
-colours and large shapes. Trained with tail drop, so every prefix of the 32 tokens decodes. Pictures above 64 px are
-reduced before encoding.""",
 }
 PROTOCOLS = {  # what each is scored on, see the header
     "image-binary1d-64x64": "photos",
@@ -92,7 +89,6 @@ PROTOCOLS = {  # what each is scored on, see the header
     "image-causal1d-16x8": "captioned",
     "image-dynamic-49x10": "captioned",
     "image-bridge-f8-16x6": "crops",
-    "image-titok-64px-32x10": "crops",
 }
 SETS = {"captioned": "captioned pictures, 64 px", "crops": "64 px crops of photographs"}
 SMALL = 64
