@@ -103,11 +103,12 @@ def bridge(results: Path) -> str:
 
 def titok(results: Path) -> str:
     r = read(results, "claim-titok")
+    one, two, teacher = (value(r, name, "psnr", 2) for name in ("one-stage", "two-stage", "teacher"))
+    plain, dropped = (value(r, name, "psnr4", 2) for name in ("one-stage", "tail-drop"))
     return (
-        f"{r['steps']} steps, far too few for two stages: 32 tokens in one stage {value(r, 'one-stage', 'psnr', 2)} dB, in "
-        f"two {value(r, 'two-stage', 'psnr', 2)} dB, 2-D teacher (64 codes) {value(r, 'teacher', 'psnr', 2)} dB; first 4 of "
-        f"32 tokens: {value(r, 'one-stage', 'psnr4', 2)} dB, with tail drop {value(r, 'tail-drop', 'psnr4', 2)} dB, which "
-        f"costs {gap(r, 'tail-drop', 'psnr32', 2)} dB at all 32"
+        f"{r['steps']} steps, far too few for two stages: 32 tokens in one stage {one} dB, in two {two} dB, 2-D teacher "
+        f"(64 codes) {teacher} dB; first 4 of 32 tokens: {plain} dB, with tail drop {dropped} dB, at "
+        f"{gap(r, 'tail-drop', 'psnr32', 2)} dB for all 32"
     )
 
 
