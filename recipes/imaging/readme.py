@@ -106,7 +106,7 @@ def titok(results: Path) -> str:
     one, two, teacher = (value(r, name, "psnr", 2) for name in ("one-stage", "two-stage", "teacher"))
     plain, dropped = (value(r, name, "psnr4", 2) for name in ("one-stage", "tail-drop"))
     return (
-        f"{r['steps']} steps, far too few for two stages: 32 tokens in one stage {one} dB, in two {two} dB, 2-D teacher "
+        f"{r['steps']} steps, too few for two stages: 32 tokens in one stage {one} dB, in two {two} dB, 2-D teacher "
         f"(64 codes) {teacher} dB; first 4 of 32 tokens: {plain} dB, with tail drop {dropped} dB, at "
         f"{gap(r, 'tail-drop', 'psnr32', 2)} dB for all 32"
     )
