@@ -60,8 +60,8 @@ class InceptionFeatures(nn.Module):
         Args:
             x: (B,3,H,W) floats in [0,1].
             batch_size: pictures computed at once.
-            bf16: convolve in bf16, 3 times as fast on a CPU with AMX; features move by some 3 %, so compare only sets
-                that were computed alike.
+            bf16: convolve in bf16, faster on a CPU with AMX; features move a little, so compare only sets that were
+                computed alike.
 
         Returns:
             (B, D) float32, D = 2048 for `OUTPUT`.
