@@ -5,7 +5,8 @@ Command:   python recipes/claim_binary.py --data data --out runs/claim_binary --
 Data:      `python recipes/fetch_data.py --out data --helpers`; training on 64 px crops of the train split, scores on
            crops of test packages (4 of each photograph), never trained on.
 Compared:  one architecture and one schedule; 16 tokens of 48 bits, 16 tokens of 12 bits (as many as a VQ code has),
-           16 VQ codes of 4,096, and 64 VQ codes (as many bits as the first, four times the tokens). 3 seeds.
+           16 VQ codes of 4,096, and 64 VQ codes (as many bits as the first, four times the tokens). 3 seeds, 2 of
+           them in the stored results.
 Result:    recipes/results/claim-binary.json, README, recipes/LOG.md.
 """
 

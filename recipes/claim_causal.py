@@ -22,11 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from imaging.features import bits_per_image, first_of_each_caption, hits, unigram_bits, vision_features, with_mirrors
+from imaging.features import bits_per_image, first_of_each_caption, hits, semantic_material, unigram_bits
 from imaging.grid import Training, Variant, arguments, run, scores_of, train_all
-from imaging.pictures import Captioned, SquareBatches, captioned_pictures, square
+from imaging.pictures import Captioned, SquareBatches, square
 from imaging.report import write_claim
-from imaging.scores import embeddings_of_text
 from torch import Tensor
 
 from mmtok.bench.shipped import codebook_use
@@ -88,12 +87,7 @@ def main() -> None:
         plain, features, embeddings = smoke_pictures()
         captioned = plain
     else:
-        plain = captioned_pictures(args.data, args.cache, SQUARE)
-        captioned = with_mirrors(plain)
-        features = vision_features(plain, args.cache).flatten(0, 1)
-        encoder = {"type": "minilm", "source": str(args.data / "helpers" / "minilm"), "dim": 384, "max_tokens": 16}
-        _, _, embeddings = embeddings_of_text(plain.captions(), encoder, args.cache)
-        embeddings = embeddings.repeat(2, 1)
+        plain, captioned, features, embeddings = semantic_material(args.data, args.cache, SQUARE)
     train_rows = captioned.rows("train")
 
     def build(variant: Variant, seed: int, folder: Path) -> Training:

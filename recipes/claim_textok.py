@@ -5,8 +5,9 @@ Command:   python recipes/claim_textok.py --data data --out runs/claim_textok --
 Data:      `python recipes/fetch_data.py --out data --helpers`: 4,359 captioned pictures (emoji, stamps, clip art,
            pictures of things) as 64 px squares, split 80 / 10 / 10 by caption: no test caption was trained on.
 Compared:  4 and 16 tokens of 10 bits (VQ, 1,024 codes); the caption in both networks, the encoder or the decoder alone,
-           or nowhere; the same model otherwise, 3 seeds. Captions are short names ("3D emoji of red heart"), not the
-           paper's long descriptions; no perceptual or adversarial loss.
+           or nowhere; the same model otherwise, 3 seeds (the stored results have 2 where one network alone reads).
+           Captions are short names ("3D emoji of red heart"), not the paper's long descriptions; no perceptual or
+           adversarial loss.
 Result:    recipes/results/claim-textok.json, README, recipes/LOG.md.
 """
 

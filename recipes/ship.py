@@ -287,14 +287,15 @@ def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any
         ours = result["small"][0]
     else:
         ours = result["photos"] if modality == "image" else max(result["speech"], key=lambda r: r["num_codebooks"])
+    hours = f",\n  {run['hours']:.1f} h of wall time beside other work" if run["hours"] else ""
     text = f"""# {name}
 
 `mmtok.load("{name}")` - {modality} tokenizer of type `{facts["type"]}`, {rate}, weights Apache-2.0.
 
 * Codes: {facts["num_codebooks"]} levels of {facts["codebook_sizes"][0]}, {codes}.
 * Fingerprint {facts["fingerprint"]}; {facts["checkpoint_bytes"] / 1e6:.1f} MB, float16, the run's moving average.
-* Trained by `{run["command"]}` ({run["steps"]} steps, seed 0; shipped at commit {run["commit"]}) on {run["hardware"]},
-  {run["hours"]:.1f} h of wall time beside other work.
+* Trained by `{run["command"]}` ({run["steps"]} steps, seed 0; shipped at commit {run["commit"]})
+  on {run["hardware"]}{hours}.
 
 ## Scores
 Written by `python recipes/ship.py --run ... --name {name}`, whose header states the protocol; full JSON in

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mmtok.layers.conv2d import edge_pad
 from mmtok.layers.resize import grid_sines
 from mmtok.layers.tail_drop import check_tail_drop, tail_mask
-from mmtok.layers.text import TextFeatures
+from mmtok.layers.text import TextFeatures, text_in_training
 from mmtok.layers.vit import TextTokens, ViT, grid_embedding, key_mask_with_text
 from mmtok.quantizers import build_quantizer
 from mmtok.quantizers.base import Quantized
@@ -185,12 +185,7 @@ class TexTok(ImageTokenizer):
         """
         features, dropped = None, None
         if text is not None and self.has_text:
-            text_mask = (
-                torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_mask is None else text_mask
-            )
-            features = TextFeatures(text, text_mask)
-            if self.training and self.text_drop > 0:
-                dropped = torch.rand(len(x), device=x.device) < self.text_drop
+            features, dropped = text_in_training(text, text_mask, self.text_drop if self.training else 0.0)
         if mask is None and self.training:
             mask = tail_mask(self.tail_drop, len(x), self.num_tokens, x.device)
         z = self.latents(x, features, dropped)

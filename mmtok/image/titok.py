@@ -20,7 +20,7 @@ from mmtok.image.pixel_teacher import PixelTeacher
 from mmtok.image.raster2d import MASKGIT_VQ
 from mmtok.layers.conv2d import edge_pad
 from mmtok.layers.tail_drop import check_tail_drop, tail_mask
-from mmtok.layers.text import TextFeatures
+from mmtok.layers.text import TextFeatures, text_in_training
 from mmtok.layers.vit import TextTokens, ViT, grid_embedding, key_mask_with_text
 from mmtok.quantizers import build_quantizer
 from mmtok.quantizers.base import Quantized
@@ -332,10 +332,7 @@ class TiTok(ImageTokenizer):
         """
         features, dropped = None, None
         if text is not None and self.decoder.text is not None:
-            whole = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-            features = TextFeatures(text, whole if text_mask is None else text_mask)
-            if self.training and self.text_drop > 0:
-                dropped = torch.rand(len(x), device=x.device) < self.text_drop
+            features, dropped = text_in_training(text, text_mask, self.text_drop if self.training else 0.0)
         if mask is None and self.training:
             mask = tail_mask(self.tail_drop, len(x), self.num_tokens, x.device)
         padded = edge_pad(x, self.patch_size)

@@ -51,6 +51,17 @@ class TextFeatures:
         return TextFeatures(self.states.to(device), self.mask.to(device))
 
 
+def text_in_training(states: Tensor, mask: Tensor | None, drop: float) -> tuple[TextFeatures, Tensor | None]:
+    """Features of a training batch, and which items lose their text, each with probability ``drop``.
+
+    Args:
+        states: (B, S, D). mask: (B, S) bool, true at real tokens; None = everywhere. drop: 0 gives None for the items.
+    """
+    whole = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
+    dropped = torch.rand(len(states), device=states.device) < drop if drop > 0 else None
+    return TextFeatures(states, whole), dropped
+
+
 class TextEncoder:
     """A frozen text encoder; a plain object, so that no model that uses it saves or trains its weights.
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from imaging.pictures import Captioned, square
+from imaging.pictures import Captioned, captioned_pictures, square
+from imaging.scores import embeddings_of_text
 from mmtok.data.packed import image_reader, pack
 from mmtok.layers.vision import build_vision
 from mmtok.metrics.retrieval import recall_at_k
@@ -39,6 +40,15 @@ def vision_features(captioned: Captioned, cache: Path) -> Tensor:
             found[side, start : start + len(part)] = vision(view).half()
     write_atomic(file, save({"features": found}))
     return found
+
+
+def semantic_material(data: Path, cache: Path, square_size: int) -> tuple[Captioned, Captioned, Tensor, Tensor]:
+    """The captioned pictures, the same with mirror images, and features and caption embeddings of all of the latter."""
+    plain = captioned_pictures(data, cache, square_size)
+    features = vision_features(plain, cache).flatten(0, 1)
+    encoder = {"type": "minilm", "source": str(data / "helpers" / "minilm"), "dim": 384, "max_tokens": 16}
+    _, _, embeddings = embeddings_of_text(plain.captions(), encoder, cache)
+    return plain, with_mirrors(plain), features, embeddings.repeat(2, 1)
 
 
 def with_mirrors(captioned: Captioned) -> Captioned:
