@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mmtok.layers.shipped import unpacked
 from mmtok.quantizers.codebook import Codebook
 from mmtok.tokenizer import CHECKPOINT_FORMAT, TRAINING_STATE, CheckpointError, Tokenizer, fingerprint_of
 from mmtok.tokens import TokenSpec
@@ -25,6 +26,10 @@ TOKENIZERS = {
     "textok": "mmtok.image.textok:TexTok",
     "titok": "mmtok.image.titok:TiTok",
     "codec": "mmtok.audio.codec:AudioCodec",
+    "dac": "mmtok.audio.dac:DAC",
+    "encodec": "mmtok.audio.encodec:EnCodec",
+    "mimi": "mmtok.audio.mimi:Mimi",
+    "xcodec": "mmtok.audio.xcodec:XCodec",
 }
 HUB_PREFIX = "hf:"
 FILES = ("config.json", "model.safetensors")
@@ -123,16 +128,10 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
 
 @torch.no_grad()
 def revive_training_state(tokenizer: Tokenizer, missing: Sequence[str]) -> None:
-    """Make codebooks trainable again whose statistics (``missing`` keys) a checkpoint does not carry.
-
-    Every code counts as used once (cluster_size 1, codebook_sum its own value). With the zeros of a fresh codebook the
-    first update would take most codes for dead and overwrite them.
-    """
+    """Make codebooks trainable again whose statistics (``missing`` keys) a checkpoint does not carry."""
     for name, book in tokenizer.named_modules():
         if isinstance(book, Codebook) and f"{name}.cluster_size" in missing:
-            book.cluster_size.fill_(1.0)
-            if book.learning == "ema":
-                book.codebook_sum.copy_(book.codebook)
+            book.count_each_once()
 
 
 def _folder(name: str | Path) -> Path:
@@ -189,6 +188,6 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / "model.safetensors")
+        return unpacked(load_file(folder / "model.safetensors"))
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{folder}/model.safetensors is damaged ({e}); restore the file") from e

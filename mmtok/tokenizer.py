@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmtok.data import audio as audio_io
 from mmtok.data import images as image_io
+from mmtok.layers.shipped import packed, unpacked
 from mmtok.layers.text import TextEncoder, TextFeatures, build_text_encoder
 from mmtok.quantizers.base import Quantized
 from mmtok.tokens import Tokens, TokensError, TokenSpec, side_value, write_atomic
@@ -172,25 +173,30 @@ class Tokenizer(nn.Module):
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``; the model takes the rounding of ``dtype``.
 
-        The weights in memory are rounded too, so that this object and what `mmtok.load` reads give the same codes.
-        Raises ValueError when a weight is too large for ``dtype``; nothing is changed or written then.
+        ``torch.int8`` stores matrices and kernels with one step a row (half of float16), codebooks and whatever is
+        small as float16. The weights in memory are rounded too, so that this object and what `mmtok.load` reads give
+        the same codes. Raises ValueError when a weight is too large for ``dtype``; nothing is changed or written then.
         """
         from safetensors.torch import save
 
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating type such as torch.float16, got {dtype}")
+        if not dtype.is_floating_point and dtype != torch.int8:
+            raise ValueError(f"dtype: expected a floating type such as torch.float16, or torch.int8, got {dtype}")
+        plain = torch.float16 if dtype == torch.int8 else dtype
         floats = {k: v for k, v in self.weights().items() if v.is_floating_point()}
         for key, value in floats.items():
-            if not bool((value.to(dtype).isfinite() | ~value.isfinite()).all()):
+            if not bool((value.to(plain).isfinite() | ~value.isfinite()).all()):
                 largest = float(value.abs().max())
-                raise ValueError(f"{key} holds {largest:.3g}, too large for {dtype}; save as torch.float32")
+                raise ValueError(f"{key} holds {largest:.3g}, too large for {plain}; save as torch.float32")
+        stored = {k: v.detach().to(plain if k in floats else v.dtype).cpu() for k, v in self.weights().items()}
+        if dtype == torch.int8:
+            stored |= packed({k: v.detach().cpu() for k, v in floats.items() if not k.startswith("quantizer.")}, plain)
+        rounded = unpacked(stored)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
-            for tensor in floats.values():  # they share memory and version with the parameters and buffers
-                tensor.copy_(tensor.to(dtype).to(tensor.dtype))
-        weights = {k: v.detach().cpu() for k, v in self.weights().items()}
-        stored = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in weights.items()}
+            for key, tensor in floats.items():  # they share memory and version with the parameters and buffers
+                tensor.copy_(rounded[key].to(tensor.dtype))
+        stored = {k: v.contiguous() for k, v in stored.items()}
         config = {
             "format": CHECKPOINT_FORMAT,
             "type": self.type_name,
@@ -456,14 +462,40 @@ class AudioTokenizer(Tokenizer):
                 sound = audio_io.resample(sound, self.sample_rate, rate) if T else sound
                 whole = sound.shape[-1]
                 wanted = side_value(item, "num_samples", whole, range(2**63))
-                # A prefix of the tokens describes the beginning; anything else must give the exact length.
-                cut = T * self.hop_length < self._model_samples(wanted, rate)
-                out.append(audio_io.fit_length(sound, min(wanted, whole) if cut else wanted).cpu())
+                out.append(audio_io.fit_length(sound, self.true_length(T, wanted, rate)).cpu())
         return stack(out) if out else torch.zeros(0, 1, 0)
 
-    def _model_samples(self, num_samples: int, rate: int) -> int:
-        """Samples at the model's rate of a clip of ``num_samples`` at ``rate`` (rounded up, as resampling does)."""
-        return -(-num_samples * self.sample_rate // rate)
+    def true_length(self, frames: int, wanted: int, rate: int) -> int:
+        """Samples at ``rate`` that ``frames`` describe when the clip has ``wanted``, rounded up as resampling does.
+
+        A prefix of the tokens describes the beginning; anything else must give the exact length.
+        """
+        cut = frames * self.hop_length < -(-wanted * self.sample_rate // rate)
+        return min(wanted, -(-frames * self.hop_length * rate // self.sample_rate)) if cut else wanted
+
+    def streamer(self, num_codebooks: int | None = None) -> Any:
+        """An encoder of sound that arrives in pieces, where the tokenizer is causal: see `mmtok.audio.stream`.
+
+        Raises ValueError where codes depend on sound that is still to come.
+        """
+        raise ValueError(self._cannot_stream("encode"))
+
+    def decode_streamer(self) -> Any:
+        """A decoder of tokens that arrive in pieces, where the tokenizer is causal: see `mmtok.audio.stream`.
+
+        Raises ValueError where the sound depends on codes that are still to come.
+        """
+        raise ValueError(self._cannot_stream("decode"))
+
+    def _cannot_stream(self, instead: str) -> str:
+        return (
+            f"{self.name} is not causal: it looks ahead, so it cannot stream; use {instead}, which already works in "
+            "pieces, or a tokenizer trained with causal=True"
+        )
+
+    def timing(self) -> dict[str, Any]:
+        """What codes mean in time, for `mmtok info`: at least ``hop_length`` in samples and whether it ``streams``."""
+        return {"hop_length": self.hop_length, "streams": False}
 
 
 class evaluation:  # noqa: N801 - reads as a phrase: `with evaluation(model):`

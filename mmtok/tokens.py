@@ -195,6 +195,33 @@ class Tokens:
         side = {k: torch.cat([p.side[k] for p in parts]) for k in sorted(keys)}
         return Tokens(codes, torch.cat([p.lengths for p in parts]), spec, side)
 
+    @staticmethod
+    def join(parts: Sequence[Tokens]) -> Tokens:
+        """Join the pieces of a stream along T, in their order: what encoding the whole at once gives.
+
+        ``side["num_samples"]`` adds up; every other side entry, the spec and the number of items must be one.
+
+        Raises:
+            TokensError: no pieces, or pieces of different streams.
+        """
+        if not parts:
+            raise TokensError("expected at least one Tokens, got none")
+        first = parts[0]
+        fixed = sorted(set(first.side) - {"num_samples"})
+        for p in parts:
+            if p.spec != first.spec or len(p) != len(first) or set(p.side) != set(first.side):
+                found = f"{p.spec.name!r}, {len(p)} items, side {sorted(p.side)}"
+                wanted = f"{first.spec.name!r}, {len(first)} items, side {sorted(first.side)}"
+                raise TokensError(f"expected pieces of one stream ({wanted}), got {found}; Tokens.concat joins clips")
+            if differ := [k for k in fixed if not torch.equal(p.side[k], first.side[k])]:
+                raise TokensError(f"expected one stream, got pieces whose side differs in {differ}")
+        rows = [torch.cat([p.codes[b, :, : int(p.lengths[b])] for p in parts], 1).T for b in range(len(first))]
+        codes = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2) if rows else first.codes
+        side = dict(first.side)
+        if "num_samples" in side:
+            side["num_samples"] = torch.stack([p.side["num_samples"] for p in parts]).sum(0)
+        return Tokens(codes.contiguous(), torch.stack([p.lengths for p in parts]).sum(0), first.spec, side)
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, codes in the smallest unsigned integer; written aside, then renamed."""
         from safetensors.torch import save

@@ -18,6 +18,7 @@ from mmtok.data.packed import AudioBatches, audio_reader, pack
 from mmtok.data.sources import find_sources
 from mmtok.losses.discriminators import MultiPeriodDiscriminator, MultiScaleSTFTDiscriminator
 from mmtok.losses.spectral import CompressedSpectrumLoss, MultiScaleMelLoss, MultiScaleSTFTLoss
+from mmtok.losses.spectral_discriminators import JoinedDiscriminator
 from mmtok.metrics import METRICS
 from mmtok.training import AudioObjective, TrainConfig, train
 from mmtok.training.objective import Adversary
@@ -33,31 +34,26 @@ SMALL = {
     "kernel_size": 3,
     "quantizer_dropout": 0.25,
 }
-CAUSAL = {"encoder_width": 16, "decoder_width": 256, "latent_dim": 128, "quantizer_dropout": 0.25, "causal": True}
+CAUSAL = {**SMALL, "encoder_width": 96, "decoder_width": 384, "causal": True}
 TINY = {"encoder_width": 4, "decoder_width": 32, "latent_dim": 16, "num_codebooks": 2, "codebook_size": 16}
 ASSETS = Path(__file__).resolve().parents[1] / "mmtok" / "assets"
 
 
-class Discriminators(torch.nn.Module):
+def discriminators(width: int) -> torch.nn.Module:
     """Multi-period and multi-scale STFT discriminators side by side."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.periods = MultiPeriodDiscriminator(widths=(width, 4 * width, 8 * width))
-        self.spectra = MultiScaleSTFTDiscriminator(n_ffts=(1024, 512, 256), width=width)
-
-    def forward(self, x: torch.Tensor) -> list:
-        return [*self.periods(x), *self.spectra(x)]
+    periods = MultiPeriodDiscriminator(widths=(width, 4 * width, 8 * width))
+    return JoinedDiscriminator([periods, MultiScaleSTFTDiscriminator(n_ffts=(1024, 512, 256), width=width)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data", help="folder with speech.jsonl, or any folder of audio")
     parser.add_argument("--out", default="runs/audio_codec", help="folder of log, state and weights")
+    parser.add_argument("--cache", type=Path, help="decoded training speech (default: OUT/cache)")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="clips of one second a step on one process")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--causal", action="store_true", help="a model without look-ahead, on samples")
+    parser.add_argument("--causal", action="store_true", help="a model that streams: look-ahead of 15 ms, no more")
     parser.add_argument("--gan-start", type=int, default=None, help="step from which discriminators take part")
     parser.add_argument("--compile", action="store_true", help="torch.compile the convolution stacks")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,7 +65,7 @@ def main() -> None:
     training = [s for s in sources if s.split == "train"] or sources
     validation = ([s for s in sources if s.split == "val"] or training)[:: max(1, len(sources) // 200)][:12]
     rate = 16000
-    packed = pack([s.path for s in training], Path(args.out) / "cache", audio_reader(rate))
+    packed = pack([s.path for s in training], args.cache or Path(args.out) / "cache", audio_reader(rate))
     clips = [resample(x.mean(0, keepdim=True), r, rate) for x, r in (read_audio(s.path) for s in validation)]
     clips = [c for c in clips if c.shape[1] > rate and c.abs().max() > 0.01]
 
@@ -103,8 +99,7 @@ def main() -> None:
 
     adversary = None
     if args.gan_start is not None or args.smoke:
-        discriminators = Discriminators(2 if args.smoke else 16)
-        adversary = Adversary(discriminators, "least_squares", start=args.gan_start or 0)
+        adversary = Adversary(discriminators(2 if args.smoke else 16), "least_squares", start=args.gan_start or 0)
     objective = AudioObjective(
         # Floors near what can be heard: the usual ones ask for the noise 100 dB below speech, which a short run cannot.
         MultiScaleMelLoss(rate, floor=1e-3),

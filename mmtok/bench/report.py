@@ -59,6 +59,16 @@ class AudioSection:
 
 
 @dataclass(frozen=True)
+class SoundsSection:
+    """Players and log spectrograms of versions of one sound: ``sounds`` are (name, (C, L)), the original first."""
+
+    title: str
+    sounds: Sequence[tuple[str, np.ndarray]]
+    sample_rate: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class CodesSection:
     """Token map and codebook usage of the codes (Q, T) of one item, whose level q has ``codebook_sizes[q]`` codes."""
 
@@ -87,7 +97,7 @@ class IdsSection:
     head: int = 40
 
 
-Section = TableSection | ImageSection | AudioSection | CodesSection | IdsSection
+Section = TableSection | ImageSection | AudioSection | SoundsSection | CodesSection | IdsSection
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
@@ -152,25 +162,32 @@ def _image(section: ImageSection, number: int) -> str:
 
 
 def _audio(section: AudioSection, number: int) -> str:
-    pair = [np.asarray(x, dtype=np.float32) for x in (section.original, section.reconstruction)]
-    for x in pair:
+    pair = (("original", section.original), ("reconstruction", section.reconstruction))
+    return _sounds(SoundsSection(section.title, pair, section.sample_rate), number)
+
+
+def _sounds(section: SoundsSection, number: int) -> str:
+    sounds = [(name, np.asarray(x, dtype=np.float32)) for name, x in section.sounds]
+    for _, x in sounds:
         if x.ndim != 2 or x.shape[1] < 1:
             raise ValueError(f"{section.title}: expected sound (C, L) with L >= 1, got {x.shape}")
-    if pair[0].shape != pair[1].shape:
-        raise ValueError(f"{section.title}: expected two sounds of one shape, got {pair[0].shape} and {pair[1].shape}")
-    seconds = pair[0].shape[1] / section.sample_rate
-    cut = min(pair[0].shape[1], math.ceil(MAX_SECONDS * section.sample_rate))
-    remark = f"<p class=note>The first {MAX_SECONDS:g} of {seconds:.1f} s.</p>" if cut < pair[0].shape[1] else ""
-    spectra = [log_spectrogram(x[:, :cut]) for x in pair]
-    top = float(spectra[0].max())
+    shapes = {x.shape for _, x in sounds}
+    if len(shapes) != 1:
+        raise ValueError(f"{section.title}: expected sounds of one shape, got {sorted(shapes)}")
+    length = sounds[0][1].shape[1]
+    cut = min(length, math.ceil(MAX_SECONDS * section.sample_rate))
+    seconds = length / section.sample_rate
+    remark = f"<p class=note>The first {MAX_SECONDS:g} of {seconds:.1f} s.</p>" if cut < length else ""
+    spectra = [log_spectrogram(x[:, :cut]) for _, x in sounds]
+    top = float(spectra[0].max())  # all are coloured on the original's scale
     figures = []
-    for name, x, spectrum in zip(("original", "reconstruction"), pair, spectra, strict=True):
-        sound = _data_url(wav(x[:, :cut], section.sample_rate), "audio/wav")
-        player = f'<audio controls preload="metadata" src="{sound}"></audio>'
+    for (name, x), spectrum in zip(sounds, spectra, strict=True):
+        sound, label = _data_url(wav(x[:, :cut], section.sample_rate), "audio/wav"), html.escape(name)
+        player = f'<audio controls preload="metadata" aria-label="{label}" src="{sound}"></audio>'
         image = heat((spectrum - top - FLOOR_DB) / -FLOOR_DB)
-        tag = f'<img class=wide alt="spectrogram of the {name}" src="{_data_url(png(image), "image/png")}">'
-        length, height = cut / section.sample_rate, section.sample_rate / 2
-        caption = f"{name}, {length:.2f} s, 0 to {height:g} Hz upwards, {-FLOOR_DB:g} dB range"
+        tag = f'<img class=wide alt="spectrogram of the {label}" src="{_data_url(png(image), "image/png")}">'
+        height = section.sample_rate / 2
+        caption = f"{name}, {cut / section.sample_rate:.2f} s, 0 to {height:g} Hz upwards, {-FLOOR_DB:g} dB range"
         figures.append(f"<figure>{player}{tag}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return remark + "".join(figures)
 
@@ -206,7 +223,14 @@ def _ids(section: IdsSection, number: int) -> str:
     return f"<p class=stream>{''.join(parts)}</p>"
 
 
-RENDERERS = {TableSection: _table, ImageSection: _image, AudioSection: _audio, CodesSection: _codes, IdsSection: _ids}
+RENDERERS = {
+    TableSection: _table,
+    ImageSection: _image,
+    AudioSection: _audio,
+    SoundsSection: _sounds,
+    CodesSection: _codes,
+    IdsSection: _ids,
+}
 
 
 def pixels(x: np.ndarray) -> np.ndarray:

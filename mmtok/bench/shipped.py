@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmtok.metrics import METRICS
+from mmtok.metrics.audio import align
 from mmtok.metrics.codes import token_statistics
 from mmtok.tokenizer import Tokenizer
 from mmtok.tokens import Tokens
 
 IMAGE_SCORES = ("psnr", "ssim")
-AUDIO_SCORES = ("pesq_wb", "stoi", "si_sdr_aligned", "mel_distance")
+AUDIO_SCORES = ("pesq_wb", "stoi", "si_sdr", "si_sdr_aligned", "mel_distance")
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
@@ -55,16 +56,20 @@ def image_scores(tokenizer: Tokenizer, images: Sequence[Tensor]) -> dict[str, An
 def audio_scores(
     tokenizer: Tokenizer, clips: Sequence[Tensor], sample_rate: int, num_codebooks: int | None = None
 ) -> dict[str, Any]:
-    """PESQ-wb, STOI, aligned SI-SDR, mel distance over clips (1, L), with the bitrate of the kept levels."""
+    """PESQ-wb, STOI, SI-SDR raw and aligned, mel distance over clips (1, L), with the bitrate of the kept levels.
+
+    ``delay_samples`` is the median over clips of how late the reconstruction is, negative where it is early.
+    """
     found: dict[str, list[float]] = {name: [] for name in AUDIO_SCORES}
     unscored: dict[str, int] = dict.fromkeys(AUDIO_SCORES, 0)
-    started, parts, seconds = time.perf_counter(), [], 0.0
+    started, parts, seconds, delays = time.perf_counter(), [], 0.0, []
     for clip in tqdm(clips, desc=f"{tokenizer.name} {num_codebooks or ''}", unit="clip", mininterval=2):
         tokens = tokenizer.encode(clip, sample_rate=sample_rate, num_codebooks=num_codebooks)
         x_hat = tokenizer.decode(tokens)
         assert isinstance(x_hat, Tensor)
         parts.append(tokens)
         seconds += clip.shape[1] / sample_rate
+        delays.append(float(align(clip[None], x_hat, sample_rate // 20)[0]))
         for name in AUDIO_SCORES:
             try:
                 found[name].append(float(METRICS[name].function(clip[None], x_hat, sample_rate)))
@@ -80,6 +85,7 @@ def audio_scores(
         "seconds_of_sound": seconds,
         "elapsed_over_sound": elapsed / seconds,
         "unscored": unscored,
+        "delay_samples": float(np.median(delays)),
         **{name: mean_interval(values) for name, values in found.items() if values},
         **codebook_use(parts),
     }

@@ -37,10 +37,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run_info(args: argparse.Namespace) -> int:
     """Print one card or one token file."""
-    from mmtok import auto
-
     is_tokens = args.what.endswith(TOKEN_SUFFIX)
-    facts = token_facts(Path(args.what)) if is_tokens else auto.card(args.what)
+    facts = token_facts(Path(args.what)) if is_tokens else tokenizer_facts(args.what)
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -86,6 +84,22 @@ def cells(card: Mapping[str, Any]) -> tuple[str, ...]:
         rate = (f"{card['frame_rate']:g} Hz", f"{card['bitrate_bps'] / 1000:.2f} kbit/s a channel")
     size = card["checkpoint_bytes"]
     return (card["modality"], codes, *rate, "no weights" if size is None else f"{size / 1e6:.1f} MB")
+
+
+def tokenizer_facts(name: str) -> dict[str, Any]:
+    """The card of a tokenizer; for audio also what a code reads of the sound and how long a stream waits for it."""
+    from mmtok import auto
+
+    facts = auto.card(name)
+    if facts["modality"] != "audio":
+        return facts
+    try:
+        tokenizer: Any = auto.load(name)
+        timing = tokenizer.timing()
+    except (ValueError, ImportError, OSError) as e:  # a card is worth showing without its weights or its teacher
+        timing = {"unknown": str(e)}
+    readme = facts.pop("readme")
+    return facts | {"timing": timing, "readme": readme}
 
 
 def token_facts(path: Path) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 Every layer takes ``lengths``: positions at and past an item's length are zeroed before the convolution sees them, so a
 padded batch gives each item what it gets alone (where the zero padding of the convolution itself begins).
+
+Causal layers also take ``past``, the explicit state of a stream: instead of zeros they then read what the call before
+left there, so that pieces of any length (multiples of the stride) give what the whole gives.
 """
 
 from __future__ import annotations
@@ -19,6 +22,25 @@ def zero_past(x: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return x
     return x * (torch.arange(x.shape[-1], device=x.device) < lengths[:, None]).unsqueeze(1).to(x.dtype)
+
+
+class Past:
+    """The state of one stream: for each causal layer the end of its input so far, zeros before the beginning.
+
+    Create one for a stream and hand it to every call; its size does not grow with the length of the stream.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[nn.Module, Tensor] = {}
+
+    def extend(self, layer: nn.Module, x: Tensor, size: int) -> Tensor:
+        """(B, C, L) -> (B, C, size + L): the last ``size`` positions that ``layer`` saw, then x; keeps the new end."""
+        before = self.kept.get(layer)
+        if before is None:
+            before = x.new_zeros(*x.shape[:-1], size)
+        x = torch.cat([before, x], -1)
+        self.kept[layer] = x[..., x.shape[-1] - size :].clone()  # a view would keep the whole piece alive
+        return x
 
 
 class Snake(nn.Module):
@@ -65,8 +87,12 @@ class Conv1d(nn.Module):
         self.right = total - self.left
         self.stride, self.kernel_size = stride, kernel_size
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        if self.kernel_size > 1:
+    def forward(self, x: Tensor, lengths: Tensor | None = None, past: Past | None = None) -> Tensor:
+        if past is not None and self.right:
+            raise ValueError("past: expected a causal convolution, got one that looks ahead; build it with causal=True")
+        if past is not None:
+            x = past.extend(self, x, self.left)
+        elif self.kernel_size > 1:
             x = F.pad(zero_past(x, lengths), (self.left, self.right))
         if self.stride > 1 and self.kernel_size == 2 * self.stride:
             return self._strided(x)
@@ -100,13 +126,17 @@ class ConvTranspose1d(nn.Module):
         self.cut = 0 if causal else (stride + 1) // 2
         self.stride = stride
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None = None, past: Past | None = None) -> Tensor:
+        if past is not None and self.cut:
+            raise ValueError("past: expected a causal convolution, got one that looks ahead; build it with causal=True")
         # Written as a plain convolution of two taps with ``stride`` outputs a position, which is the same sum: the
         # gradient of torch's transposed convolution in bf16 on CPU is wrong for some shapes (recipes/measure_cpu.py).
         weight = self.conv.weight  # (C, C', 2 * stride): the present position's taps, then the one before's
         C, out = weight.shape[:2]
         taps = weight.view(C, out, 2, self.stride).flip(2).permute(1, 3, 0, 2).reshape(out * self.stride, C, 2)
-        y = F.conv1d(F.pad(zero_past(x, lengths), (1, 1)), taps)  # (B, C' * stride, L + 1)
+        length = x.shape[-1]
+        x = F.pad(zero_past(x, lengths), (1, 1)) if past is None else past.extend(self, x, 1)
+        y = F.conv1d(x, taps)  # (B, C' * stride, L + 1), or L with the past
         y = y.unflatten(1, (out, self.stride)).transpose(2, 3).flatten(2)  # (B, C', (L + 1) * stride)
-        y = y[..., self.cut : self.cut + x.shape[-1] * self.stride]
+        y = y[..., self.cut : self.cut + length * self.stride]
         return y + cast(Tensor, self.conv.bias)[:, None].to(y.dtype)

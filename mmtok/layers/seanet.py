@@ -1,6 +1,7 @@
 """The convolutional encoder and decoder of neural audio codecs: DAC's blocks (arXiv 2306.06546) in SEANet's layout.
 
 Widths double at each stride. ``lengths`` is counted in samples at the encoder's input and in frames at the decoder's.
+``past`` is the state of a stream, for causal stacks (`mmtok.layers.conv1d.Past`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mmtok.layers.conv1d import Conv1d, ConvTranspose1d, Snake
+from mmtok.layers.conv1d import Conv1d, ConvTranspose1d, Past, Snake
 
 
 class ResidualUnit(nn.Module):
@@ -24,8 +25,8 @@ class ResidualUnit(nn.Module):
         # A quiet branch at the start: otherwise every unit doubles the variance, a thousandfold over a decoder.
         self.conv2 = Conv1d(channels, channels, 1, causal=causal, weight_norm=weight_norm, gain=0.1)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return x + self.conv2(self.snake2(self.conv1(self.snake1(x), lengths)))
+    def forward(self, x: Tensor, lengths: Tensor | None = None, past: Past | None = None) -> Tensor:
+        return x + self.conv2(self.snake2(self.conv1(self.snake1(x), lengths, past)))
 
 
 class Encoder(nn.Module):
@@ -67,14 +68,14 @@ class Encoder(nn.Module):
         self.snake = Snake(width)
         self.last = Conv1d(width, out_dim, 3, causal=causal, weight_norm=weight_norm)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        x = self.first(x, lengths)
+    def forward(self, x: Tensor, lengths: Tensor | None = None, past: Past | None = None) -> Tensor:
+        x = self.first(x, lengths, past)
         for block, stride in zip(self.blocks, self.strides, strict=True):
             for unit in block.units:  # pyright: ignore[reportGeneralTypeIssues]
-                x = unit(x, lengths)
-            x = block.down(block.snake(x), lengths)  # pyright: ignore[reportCallIssue]
+                x = unit(x, lengths, past)
+            x = block.down(block.snake(x), lengths, past)  # pyright: ignore[reportCallIssue]
             lengths = None if lengths is None else lengths // stride
-        return self.last(self.snake(x), lengths)
+        return self.last(self.snake(x), lengths, past)
 
 
 class Decoder(nn.Module):
@@ -107,14 +108,14 @@ class Decoder(nn.Module):
         self.snake = Snake(width)
         self.last = Conv1d(width, channels, kernel_size, causal=causal, weight_norm=weight_norm)
 
-    def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
-        x = self.first(z, lengths)
+    def forward(self, z: Tensor, lengths: Tensor | None = None, past: Past | None = None) -> Tensor:
+        x = self.first(z, lengths, past)
         for block, stride in zip(self.blocks, self.strides, strict=True):
-            x = block.up(block.snake(x), lengths)  # pyright: ignore[reportCallIssue]
+            x = block.up(block.snake(x), lengths, past)  # pyright: ignore[reportCallIssue]
             lengths = None if lengths is None else lengths * stride
             for unit in block.units:  # pyright: ignore[reportGeneralTypeIssues]
-                x = unit(x, lengths)
-        return self.last(self.snake(x), lengths)
+                x = unit(x, lengths, past)
+        return self.last(self.snake(x), lengths, past)
 
 
 def hop_length(strides: Sequence[int]) -> int:

@@ -213,7 +213,7 @@ def _read(kind: str, folder: Path) -> tuple[Any, Any]:
     except ImportError as e:
         raise ImportError("a text encoder needs transformers: pip install 'mmtok[text]'") from e
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model, info = getattr(transformers, _MODELS[kind]).from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
@@ -228,7 +228,7 @@ def _read(kind: str, folder: Path) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """No progress bar and no notes about weights of the other half of a model; settings are put back."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

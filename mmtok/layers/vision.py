@@ -7,7 +7,6 @@ An encoder whose weights come from outside the checkpoint (the shipped Efficient
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from mmtok.layers.shipped import shipped_weights
 
 SHIPPED = "vision-efficientnet-lite0/model.safetensors"  # written by recipes/convert_vision.py
 SHIPPED_SHA256 = "84b799ccd0761db49d95aa2e2c4ded7ac8849cbba14cf63380eaf55a7d4fc9e1"
@@ -213,13 +214,6 @@ def build_vision(config: Mapping[str, Any]) -> VisionEncoder:
     return {"efficientnet_lite0": _efficientnet, "timm": _timm, "hf": _hugging_face}[kind](full)
 
 
-def shipped_file(name: str) -> Path:
-    """A file of the folder of checkpoints: inside the installed package, or beside it in a source tree."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "checkpoints"
-    return (inside if inside.is_dir() else package.parent / "checkpoints") / name
-
-
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file, or of a torch file that holds nothing but tensors.
 
@@ -261,27 +255,11 @@ def _efficientnet(config: Mapping[str, Any]) -> VisionEncoder:
         raise ValueError(f"vision: expected an integer image_size of at least 32, got {size!r}")
     network = _ConvFeatures(timm.create_model("tf_efficientnet_lite0", num_classes=0))
     if not _on_meta():
-        _fill(network, _shipped_weights())
+        _fill(network, shipped_weights(SHIPPED, SHIPPED_SHA256, "recipes/convert_vision.py"))
     network.eval().fold()
     side = -(-size // 32)  # five halvings, rounded up
     normalisation = ([127 / 255] * 3, [128 / 255] * 3)  # (255 x - 127) / 128
     return VisionEncoder(network, 320, (side, side), size, normalisation, False, True)
-
-
-def _shipped_weights() -> dict[str, Tensor]:
-    path = shipped_file(SHIPPED)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: reinstall mmtok, or run `python recipes/convert_vision.py`")
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != SHIPPED_SHA256:
-        raise ValueError(
-            f"{path}: expected sha256 {SHIPPED_SHA256[:16]}..., got {found[:16]}...: the file is damaged; reinstall "
-            "mmtok, or run `python recipes/convert_vision.py`"
-        )
-    from safetensors.torch import load
-
-    return load(data)
 
 
 def _timm(config: Mapping[str, Any]) -> VisionEncoder:

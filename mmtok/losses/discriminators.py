@@ -20,7 +20,7 @@ _SLOPE = 0.2  # of every LeakyReLU but those of the periods
 _PERIOD_SLOPE = 0.1
 
 
-class _Conv2d(nn.Module):
+class NormedConv2d(nn.Module):
     """2-D convolution whose reparametrised weight is worked out in float32, whatever the autocast.
 
     The power iteration of spectral norm is made of matrix products, which autocast would round to bfloat16.
@@ -48,10 +48,17 @@ class _Conv2d(nn.Module):
         conv = self.conv
         with torch.autocast(device_type=x.device.type, enabled=False):
             weight = conv.weight
-        return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation)
+        reach = conv.dilation[1] * (conv.kernel_size[1] - 1) + 1
+        # bfloat16 on some CPUs (torch 2.11, oneDNN): a strided convolution whose output is one column wide reads memory
+        # that is not its own. That column is the first of those of stride 1.
+        one_column = conv.stride[1] > 1 and x.shape[-1] + 2 * int(conv.padding[1]) - reach < conv.stride[1]
+        stride = (conv.stride[0], 1) if one_column else conv.stride
+        y = F.conv2d(x, weight, conv.bias, stride, conv.padding, conv.dilation)
+        return y[..., :1] if one_column else y
 
 
-def _check_sound(x: Tensor, channels: int, shortest: int, reason: str) -> None:
+def check_sound(x: Tensor, channels: int, shortest: int, reason: str) -> None:
+    """Refuse what is not sound (B, channels, L >= shortest) with one error that names the ``reason`` of the limit."""
     if x.ndim != 3 or x.shape[1] != channels:
         raise ValueError(f"x: expected sound (B,{channels},L), got shape {tuple(x.shape)}; see in_channels")
     if x.shape[-1] < shortest:
@@ -67,10 +74,10 @@ class _PeriodPart(nn.Module):
         before = (in_channels, *widths[:-1])
         strides = (stride,) * (len(widths) - 1) + (1,)
         self.layers = nn.ModuleList(
-            _Conv2d(c_in, c_out, (kernel, 1), (s, 1), padding=(kernel // 2, 0))
+            NormedConv2d(c_in, c_out, (kernel, 1), (s, 1), padding=(kernel // 2, 0))
             for c_in, c_out, s in zip(before, widths, strides, strict=True)
         )
-        self.head = _Conv2d(widths[-1], 1, (3, 1), padding=(1, 0))
+        self.head = NormedConv2d(widths[-1], 1, (3, 1), padding=(1, 0))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = F.pad(x, (0, -x.shape[-1] % self.period), mode="reflect")
@@ -120,7 +127,7 @@ class MultiPeriodDiscriminator(nn.Module):
         Raises:
             ValueError: wrong shape, or sound shorter than the longest period.
         """
-        _check_sound(x, self.in_channels, self.shortest, "the longest period")
+        check_sound(x, self.in_channels, self.shortest, "the longest period")
         return [part(x) for part in self.parts]
 
 
@@ -129,13 +136,13 @@ class _STFTPart(nn.Module):
         super().__init__()
         self.n_fft = n_fft
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-        layers = [_Conv2d(2 * in_channels, width, (3, 9), padding=(1, 4))]
+        layers = [NormedConv2d(2 * in_channels, width, (3, 9), padding=(1, 4))]
         layers += [
-            _Conv2d(width, width, (3, 9), stride=(1, 2), dilation=(d, 1), padding=(d, 4)) for d in time_dilations
+            NormedConv2d(width, width, (3, 9), stride=(1, 2), dilation=(d, 1), padding=(d, 4)) for d in time_dilations
         ]
-        layers += [_Conv2d(width, width, (3, 3), padding=(1, 1))]
+        layers += [NormedConv2d(width, width, (3, 3), padding=(1, 1))]
         self.layers = nn.ModuleList(layers)
-        self.head = _Conv2d(width, 1, (3, 3), padding=(1, 1))
+        self.head = NormedConv2d(width, 1, (3, 3), padding=(1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self._spectrum(x)
@@ -201,7 +208,7 @@ class MultiScaleSTFTDiscriminator(nn.Module):
         Raises:
             ValueError: wrong shape, or sound too short for the longest window.
         """
-        _check_sound(x, self.in_channels, self.shortest, "half of the longest window and one")
+        check_sound(x, self.in_channels, self.shortest, "half of the longest window and one")
         return [part(x) for part in self.parts]
 
 
@@ -235,12 +242,12 @@ class PatchDiscriminator(nn.Module):
         before = in_channels
         for index, after in enumerate(widths):
             step = 2 if index < num_layers else 1
-            conv = _Conv2d(before, after, (4, 4), (step, step), padding=(1, 1), norm=norm)
+            conv = NormedConv2d(before, after, (4, 4), (step, step), padding=(1, 1), norm=norm)
             grouped = norm == "group" and index > 0
             layers.append(nn.Sequential(conv, nn.GroupNorm(_groups(after), after)) if grouped else conv)
             before = after
         self.layers = nn.ModuleList(layers)
-        self.head = _Conv2d(before, 1, (4, 4), padding=(1, 1), norm=norm)
+        self.head = NormedConv2d(before, 1, (4, 4), padding=(1, 1), norm=norm)
 
     def forward(self, x: Tensor) -> DiscriminatorOutput:
         """Judge images (B,C,H,W), any H and W from 3 * 2^num_layers on.

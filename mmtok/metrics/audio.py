@@ -187,12 +187,19 @@ def si_sdr_aligned(reference: Tensor, estimate: Tensor, sample_rate: int) -> Ten
     return torch.cat(rows)
 
 
-def delay(reference: Tensor, estimate: Tensor, sample_rate: int) -> Tensor:
-    """How far the estimate is out of step, (B,) samples >= 0, looked for within 50 ms.
+def delay_samples(reference: Tensor, estimate: Tensor, sample_rate: int) -> Tensor:
+    """Delay of the estimate with its sign, (B,) int64 samples: the peak of the cross-correlation within +-50 ms.
 
-    `align` gives the same with its sign (positive: late). Arguments and errors as in `si_sdr_aligned`.
+    Positive: the estimate is late, estimate[l + delay] ~ reference[l]; DAC at 16 and 24 kHz has -8, it is early. This
+    is what a codec's card states. Arguments and errors as in `si_sdr_aligned`; `align` takes a limit of your own.
     """
-    return _shifts(*_delay_inputs(reference, estimate, sample_rate)).abs().double()
+    return _shifts(*_delay_inputs(reference, estimate, sample_rate))
+
+
+def delay(reference: Tensor, estimate: Tensor, sample_rate: int) -> Tensor:
+    """How far the estimate is out of step, (B,) samples >= 0: `delay_samples` without its sign, for a table of metrics
+    where lower is better."""
+    return delay_samples(reference, estimate, sample_rate).abs().double()
 
 
 def _delay_inputs(reference: Tensor, estimate: Tensor, sample_rate: int) -> tuple[Tensor, Tensor, int]:

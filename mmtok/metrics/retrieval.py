@@ -74,6 +74,18 @@ def linear_probe(
     Raises:
         ValueError: shapes that differ, fewer than two classes, a test class that was not trained, or NaN.
     """
+    return float(probe_hits(train_x, train_y, test_x, test_y, weight_decay, steps).double().mean())
+
+
+def probe_hits(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    weight_decay: float = 1e-3,
+    steps: int = 100,
+) -> Tensor:
+    """(M,) bool, which test items `linear_probe` gets right; arguments and errors as there."""
     train_x, train_y = _labelled(train_x, train_y, "train")
     test_x, test_y = _labelled(test_x, test_y, "test")
     K = int(train_y.max()) + 1
@@ -102,7 +114,7 @@ def linear_probe(
         optimizer.step(closure)
     with torch.no_grad():
         guess = (test_x @ weight + bias).argmax(1)
-    return float((guess == test_y).double().mean())
+    return guess == test_y
 
 
 def _labelled(x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from mmtok.quantizers.product import ProductQuantizer
 from mmtok.quantizers.random_projection import RandomProjectionQuantizer
 from mmtok.quantizers.rfsq import ResidualFiniteScalarQuantizer
 from mmtok.quantizers.rvq import ResidualVectorQuantizer
+from mmtok.quantizers.rvq_legacy import LegacyResidualVectorQuantizer
 from mmtok.quantizers.simvq import SimVectorQuantizer
 from mmtok.quantizers.split import SplitResidualVectorQuantizer
 from mmtok.quantizers.strided import StridedResidualVectorQuantizer
@@ -20,6 +21,7 @@ from mmtok.quantizers.vq import VectorQuantizer
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,
     "rvq": ResidualVectorQuantizer,
+    "rvq_legacy": LegacyResidualVectorQuantizer,
     "grouped_rvq": GroupedResidualVectorQuantizer,
     "split_rvq": SplitResidualVectorQuantizer,
     "strided_rvq": StridedResidualVectorQuantizer,
@@ -58,6 +60,7 @@ __all__ = [
     "Codebook",
     "FiniteScalarQuantizer",
     "GroupedResidualVectorQuantizer",
+    "LegacyResidualVectorQuantizer",
     "LookupFreeQuantizer",
     "PerDimensionQuantizer",
     "ProductQuantizer",

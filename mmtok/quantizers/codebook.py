@@ -124,6 +124,14 @@ class Codebook(nn.Module):
             mean = self.codebook_sum / self.cluster_size[:, None].clamp_min(1e-6)
             self.codebook.copy_(torch.where(used, mean, self.codebook))
 
+    @torch.no_grad()
+    def count_each_once(self) -> None:
+        """Give codes whose training statistics are not known those of a code that was used once, so that training can
+        go on: with the zeros of a fresh codebook the first update would take most codes for dead."""
+        self.cluster_size.fill_(1.0)
+        if self.learning == "ema":
+            self.codebook_sum.copy_(self.codebook * self.cluster_size[:, None])
+
     def dead(self) -> Tensor:
         """(K,) bool: codes to revive; none before the first update, and none where the threshold is 0."""
         return self.cluster_size < self.dead_code_threshold * self.cluster_size.mean()

@@ -54,14 +54,15 @@ def train(
         optimizers["discriminator"] = adamw(objective.discriminator, config.peak_lr("discriminator"), config)
     for module in objective.frozen_modules():
         module.to(device).eval().requires_grad_(False)
-    for module in modules.values():
+    kept = modules | {name: module.to(device) for name, module in objective.kept_modules().items()}
+    for module in kept.values():
         same_start(accelerator, module)
     average = WeightAverage(tokenizer, config.ema)
     identity = {"type": tokenizer.type_name, "config": tokenizer.config, "seed": config.seed, "steps": config.steps}
     state_file = config.out / "state.safetensors"
     start = 0
     if config.resume and state_file.is_file():
-        start = load_state(state_file, modules, optimizers, average.average, identity)
+        start = load_state(state_file, kept, optimizers, average.average, identity)
         accelerator.print(f"resumed {config.out} at step {start} of {config.steps}")
     if start == 0 and config.codebook_batches:
         start_codebooks(tokenizer, batches, config, rank)
@@ -102,7 +103,7 @@ def train(
             with average.applied(tokenizer):
                 tokenizer.eval().save(config.out / "tokenizer")
             # After the weights: a run killed between the two repeats the steps and writes the weights again.
-            save_state(state_file, done, modules, optimizers, average.average, identity)
+            save_state(state_file, done, kept, optimizers, average.average, identity)
             write_atomic(config.out / "progress.json", json.dumps({"step": done, "steps": config.steps}).encode())
         accelerator.wait_for_everyone()
     log.close()

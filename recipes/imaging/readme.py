@@ -9,9 +9,10 @@ from typing import Any
 
 from mmtok.bench.shipped import markdown_table
 
-COMMAND = "`python recipes/claim_{}.py --data data{} --results recipes/results`"
+COMMAND = "`python recipes/{}.py --data data{} --results recipes/results`"
+RECIPES = {"xcodec": "claims_audio"}  # the others are claim_NAME
 FLAGS = {"binary": " --seeds 2", "dynamic": " --steps 450 --seeds 1", "titok": " --steps 300"}  # as they were run
-HEADER = ["system", "the paper's claim", "ours, at 64 px on a CPU", "command"]
+HEADER = ["system", "the paper's claim", "ours, small and on a CPU", "command"]
 
 
 def claims_table(results: Path) -> str:
@@ -19,7 +20,9 @@ def claims_table(results: Path) -> str:
     rows = []
     for name, (system, claim, ours) in SYSTEMS.items():
         if any(results.glob(f"claim-{name}*.json")):
-            rows.append([system, claim, ours(results), COMMAND.format(name, FLAGS.get(name, ""))])
+            rows.append(
+                [system, claim, ours(results), COMMAND.format(RECIPES.get(name, f"claim_{name}"), FLAGS.get(name, ""))]
+            )
     return markdown_table(HEADER, rows)
 
 
@@ -112,11 +115,39 @@ def titok(results: Path) -> str:
     )
 
 
+def xcodec(results: Path) -> str:
+    r, presets = read(results, "claim-xcodec"), read(results, "claim-xcodec-presets")
+    both = [
+        f"{label}: {value(r, 'acoustic', score, digits)} without, {gap(r, 'semantic', score, digits)} with"
+        for score, label, digits in (
+            ("whisper-base", "WER % at 4 kbit/s (Whisper base)", 1),
+            ("pocketsphinx", "(pocketsphinx)", 1),
+            ("whisper-base, 1 kbit/s", "at 1 kbit/s (Whisper base)", 1),
+            ("probe1", "phone accuracy % of a linear probe on level 1", 1),
+            ("probe", "on all levels", 1),
+            ("pesq_wb", "PESQ", 2),
+            ("stoi", "STOI", 3),
+            ("mel_distance", "mel distance", 2),
+        )
+    ]
+    training = [
+        f"{label} {value(presets, name, 'perplexity', 0)} of 256 (PESQ {value(presets, name, 'pesq_wb', 2)}, "
+        f"mel distance {value(presets, name, 'mel_distance', 2)})"
+        for name, label in (("faithful", "as released"), ("faithful-whole", "the whole batch"), ("fixed", "fixed"))
+    ]
+    return "; ".join(both) + ". Its training: perplexity " + ", ".join(training)
+
+
 SYSTEMS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
     "textok": ("TexTok", "text lowers rFID by 29 % (256 px) and 48 % (512 px)", textok),
     "binary": ("Instella-T2I", "128 binary tokens hold a 1024 px image", binary),
     "causal": ("SEED", "causal 1-D codes suit a causal LM; codes find nearly as well as embeddings", causal),
     "dynamic": ("LaVIT", "about a third of the patches is enough", dynamic),
     "bridge": ("TokenBridge", "64 cells a number equal the continuous autoencoder", bridge),
+    "xcodec": (
+        "X-Codec",
+        "semantic features before the quantizer and a semantic loss after it make codes that say the words",
+        xcodec,
+    ),
     "titok": ("TiTok", "32 tokens hold an image; two stages beat one", titok),
 }

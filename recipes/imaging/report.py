@@ -80,6 +80,7 @@ def write_claim(
     baseline: str,
     extra: Mapping[str, tuple[str, int]] | None = None,
     notes: Mapping[str, Any] | None = None,
+    unit: str = "picture",
 ) -> dict[str, Any]:
     """Print the table of a claim, and keep it as JSON and Markdown in ``args.results`` when given.
 
@@ -88,6 +89,7 @@ def write_claim(
         baseline: the variant that the differences are taken against.
         extra: further scores: name -> (column head, digits).
         notes: what else the JSON shall hold.
+        unit: what a step reads ``args.batch`` of, and what is scored.
     """
     columns = {k: (HEADS[k], DIGITS[k]) for k in HEADS} | {"frechet": ("FD[nsfw-incv3]", 1)} | dict(extra or {})
     present = [k for k in columns if any(k in row for some in rows.values() for row in some)]
@@ -111,15 +113,15 @@ def write_claim(
     text = markdown_table(header, table)
     if gaps:
         below = [[f"{v} - {baseline}", "", *(cell(g.get(k), columns[k][1]) for k in present)] for v, g in gaps.items()]
-        text += "\n\nDifferences, paired by seed and picture:\n\n" + markdown_table(header, below)
+        text += f"\n\nDifferences, paired by seed and {unit}:\n\n" + markdown_table(header, below)
     print(text)
     if args.results is not None:
         folder = Path(args.results)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
         about = (
-            f"# {name}\n\n{args.steps} steps of {args.batch} pictures, {result['count']} test pictures. Brackets:\n"
-            "95 % bootstrap intervals over seeds and pictures; parentheses: each seed.\n\n"
+            f"# {name}\n\n{args.steps} steps of {args.batch} {unit}s, {result['count']} test {unit}s. Brackets:\n"
+            f"95 % bootstrap intervals over seeds and {unit}s; parentheses: each seed.\n\n"
         )
         write_atomic(folder / f"{name}.md", (about + text + "\n").encode())
     return result

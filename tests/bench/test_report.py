@@ -125,6 +125,17 @@ def test_players_hold_the_samples_of_every_channel():
     np.testing.assert_allclose(samples[:, 1] / 32767, -np.clip(2 * SOUND[0], -1, 1), atol=1e-4)
 
 
+def test_versions_of_a_sound_have_a_player_and_a_name_each():
+    sounds = [("original", SOUND), ("<b>4 kbit/s", 0.5 * SOUND), ("2 kbit/s", 0.1 * SOUND)]
+    page = Page(report.render("t", [report.SoundsSection("s", sounds, 16000)]))
+    labels = [attributes["aria-label"] for name, attributes in page.tags if name == "audio"]
+    assert labels == [name for name, _ in sounds] and page.open == []
+    for data, (_, x) in zip(page.sources("audio"), sounds, strict=True):
+        with wave.open(io.BytesIO(data)) as f:
+            samples = np.frombuffer(f.readframes(8000), "<i2") / 32767
+        np.testing.assert_allclose(samples, x[0], atol=1e-4)
+
+
 def test_the_spectrogram_of_a_tone_peaks_at_its_frequency():
     spectrum = report.log_spectrogram(SOUND)
     middle = spectrum[:, spectrum.shape[1] // 2]
@@ -175,6 +186,7 @@ def test_the_ids_are_headed_and_the_rest_is_counted():
         report.ImageSection("wrong", PHOTO[0], PHOTO[0]),
         report.AudioSection("wrong", SOUND, SOUND[:, 1:], 16000),
         report.AudioSection("wrong", SOUND[0], SOUND[0], 16000),
+        report.SoundsSection("wrong", [("a", SOUND), ("b", SOUND[:, 1:])], 16000),
         report.CodesSection("wrong", np.zeros((2, 3), int), (4,)),
     ],
 )

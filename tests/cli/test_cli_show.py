@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mmtok.audio.codec import AudioCodec
 from mmtok.cli import main
 
 
@@ -43,6 +44,29 @@ def test_info_of_a_tokenizer_by_name_and_by_folder(shipped: Path, capsys):
     assert capsys.readouterr().out == by_name
     assert main(["info", "image-tiny-8b", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["modality"] == "image"
+
+
+def test_info_of_a_causal_codec_shows_its_latency_and_receptive_field(tmp_path: Path, capsys):
+    for causal, waits in ((True, {"encoder": 440, "decoder": 120}), (False, None)):
+        codec = AudioCodec(
+            strides=(80, 2, 2), encoder_width=4, decoder_width=16, latent_dim=4, front="stft", causal=causal
+        )
+        folder = str(tmp_path / f"causal-{causal}")
+        codec.save(folder)
+        assert main(["info", folder, "--json"]) == 0
+        timing = json.loads(capsys.readouterr().out)["timing"]
+        assert timing["streams"] == causal and timing["hop_length"] == 320 and timing.get("latency_samples") == waits
+        assert timing["receptive_field"]["decoder_frames"] == list(codec.decoder_field)
+        assert main(["info", folder]) == 0
+        assert ("latency_seconds" in capsys.readouterr().out) == causal
+
+
+def test_info_of_audio_without_a_stream_or_without_weights_that_load(shipped: Path, capsys):
+    assert main(["info", "audio-tiny-16k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["timing"] == {"hop_length": 320, "streams": False}
+    (shipped / "audio-tiny-16k" / "model.safetensors").write_bytes(b"no weights")
+    assert main(["info", "audio-tiny-16k"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
 
 
 def test_info_of_a_token_file(photo: Path, tmp_path: Path, capsys):

@@ -128,8 +128,23 @@ def test_a_dtype_that_cannot_hold_the_weights_is_refused(fresh: Tokenizer, tmp_p
     with pytest.raises(ValueError, match=r"holds 1e\+05, too large for torch.float16; save as torch.float32"):
         fresh.save(tmp_path / "x", torch.float16)
     with pytest.raises(ValueError, match="expected a floating type"):
-        fresh.save(tmp_path / "x", torch.int8)
+        fresh.save(tmp_path / "x", torch.int16)
     assert same_state(before, state_of(fresh)) and not (tmp_path / "x").exists()
+
+
+def test_eight_bit_weights_come_back_as_they_stand_in_memory(fresh: Tokenizer, tmp_path: Path):
+    before = state_of(fresh)
+    fresh.save(tmp_path / "x", torch.int8)
+    loaded = auto.load(tmp_path / "x")
+    assert loaded.fingerprint == fresh.fingerprint
+    x, rate = next(iter(inputs(fresh).values()))
+    assert torch.equal(loaded.encode(x, rate).codes, fresh.encode(x, rate).codes)
+    for name, value in fresh.weights().items():
+        if value.is_floating_point() and value.numel():  # within half a step of 127 a row, or float16's rounding
+            allowed = value.abs().max() / 250 + 1e-6
+            assert float((value - before[name]).abs().max()) <= allowed, name
+    fresh.save(tmp_path / "y", torch.int8)
+    assert auto.load(tmp_path / "y").fingerprint == fresh.fingerprint
 
 
 def test_arguments_of_the_other_modality_are_refused(tok: Tokenizer):

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from mmtok.audio.codec import AudioCodec
+from mmtok.audio.dac import DAC
+from mmtok.audio.encodec import EnCodec
+from mmtok.audio.mimi import Mimi
+from mmtok.audio.xcodec import XCodec, quantizer_preset
 from mmtok.image.binary1d import Binary1D
 from mmtok.image.bridge import Bridge
 from mmtok.image.causal1d import Causal1D
@@ -49,6 +53,29 @@ def tiny_codec(causal: bool, codebook_dim: int | None = None) -> AudioCodec:
         codebook_dim=codebook_dim,
         dilations=(1, 3),
         causal=causal,
+    )
+
+
+def tiny_xcodec(front: str) -> XCodec:
+    """With a Whisper of two windows a second, so that windows end within the test sounds."""
+    strides = {"samples": (8, 5, 4, 2), "stft": (80, 2, 2)}[front]
+    return XCodec(
+        strides=strides,
+        encoder_width=4,
+        decoder_width=32,
+        acoustic_dim=8,
+        dilations=(1, 3),
+        kernel_size=3,
+        front=front,
+        semantic={
+            "type": "whisper",
+            "dim": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "window_frames": 25,
+            "context_frames": 5,
+        },
+        quantizer=quantizer_preset("fixed", {"num_codebooks": 3, "codebook_size": 16}),
     )
 
 
@@ -155,6 +182,11 @@ TINY: dict[str, Callable[[], Tokenizer]] = {
     "codec-centred": lambda: tiny_codec(False),
     "codec-causal": lambda: tiny_codec(True, codebook_dim=4),
     "codec-spectral": tiny_spectral_codec,
+    "dac": lambda: DAC(16000, (2, 4, 5, 8), 2, 16, num_codebooks=3, codebook_size=16, codebook_dim=4),
+    "encodec": lambda: EnCodec(16000, 3, 16, 8, shape={"width": 2, "strides": (2, 4, 5, 8)}),
+    "mimi": lambda: Mimi(16000, (4, 5, 8), 4, 16, 2, 2, 32, 12, 3, 16, 8),
+    "xcodec": lambda: tiny_xcodec("samples"),
+    "xcodec-spectral": lambda: tiny_xcodec("stft"),
 }
 Input = tuple[Any, int | None]  # what encode takes: x and the sample rate
 

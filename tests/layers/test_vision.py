@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtok.layers import vision
+from mmtok.layers import shipped, vision
 from mmtok.layers.vision import VisionEncoder, build_vision, read_state
 
 TINY = {"embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -49,7 +49,7 @@ def test_shipped_weights_equal_timm_s_unfolded_network(efficientnet: VisionEncod
     import timm
 
     plain = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
-    state = read_state(vision.shipped_file(vision.SHIPPED))
+    state = read_state(shipped.shipped_file(vision.SHIPPED))
     missing, unexpected = plain.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     assert not unexpected
     assert {k for k in missing if "num_batches" not in k} == {
@@ -74,10 +74,10 @@ def test_shipped_features_see_what_is_in_the_picture(efficientnet: VisionEncoder
 def test_damaged_shipped_weights_are_one_clear_error(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "model.safetensors"
     if damage == "changed":
-        data = bytearray(vision.shipped_file(vision.SHIPPED).read_bytes())
+        data = bytearray(shipped.shipped_file(vision.SHIPPED).read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    monkeypatch.setattr(vision, "shipped_file", lambda name: path)
+    monkeypatch.setattr(shipped, "shipped_file", lambda name: path)
     with pytest.raises(ValueError, match=r"recipes/convert_vision\.py"):
         build_vision({"type": "efficientnet_lite0"})
 

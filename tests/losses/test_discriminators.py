@@ -10,8 +10,8 @@ from mmtok.losses.adversarial import feature_matching, hinge_discriminator_loss
 from mmtok.losses.discriminators import (
     MultiPeriodDiscriminator,
     MultiScaleSTFTDiscriminator,
+    NormedConv2d,
     PatchDiscriminator,
-    _Conv2d,
 )
 
 
@@ -152,7 +152,7 @@ def test_bf16_autocast_stays_close_and_keeps_the_stored_weights(make, shape):
 
 @pytest.mark.parametrize("norm", ["weight", "spectral"])
 def test_weights_are_worked_out_in_float32_under_autocast(norm):
-    layer, seen = _Conv2d(3, 4, (3, 3), norm=norm), []
+    layer, seen = NormedConv2d(3, 4, (3, 3), norm=norm), []
     parametrization = cast(torch.nn.ModuleDict, layer.conv.parametrizations)["weight"]
     parametrization.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,3 +230,15 @@ def test_bad_input_is_refused(net, x, message):
 def test_bad_configurations_are_refused(make, changes, message):
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+@pytest.mark.parametrize(("kernel", "padding", "widths"), [((3, 9), (1, 4), (1, 2, 3)), ((4, 4), (1, 1), (2, 3, 4))])
+def test_narrow_maps_survive_bf16(kernel: tuple[int, int], padding: tuple[int, int], widths: tuple[int, ...]):
+    """An output one column wide: torch's own bfloat16 convolution is wrong there on some CPUs."""
+    layer = NormedConv2d(4, 4, kernel, stride=(2, 2), padding=padding)
+    for width in widths:
+        x = torch.randn(2, 4, 11, width)
+        want = torch.nn.functional.conv2d(x, layer.conv.weight, layer.conv.bias, 2, padding)
+        torch.testing.assert_close(layer(x), want)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(x).float(), want, rtol=0.05, atol=0.03)

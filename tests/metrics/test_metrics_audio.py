@@ -11,6 +11,7 @@ from mmtok.metrics import METRICS
 from mmtok.metrics.audio import (
     align,
     delay,
+    delay_samples,
     mel_distance,
     pesq_nb,
     pesq_wb,
@@ -68,6 +69,17 @@ def test_eight_samples_ruin_raw_si_sdr_only():
     assert delay(x, late, RATE).tolist() == [8.0]
     assert align(x, late, 20)[0].tolist() == [8]
     assert align(late, x, 20)[0].tolist() == [-8]
+
+
+@pytest.mark.parametrize("shift", [-800, -8, 0, 3, 799])
+def test_the_sign_of_a_delay_is_positive_where_the_estimate_is_late(shift: int):
+    long = noise(2, 1, 6000)
+    reference, estimate = long[..., 1000:5000], 0.3 * long[..., 1000 - shift : 5000 - shift]
+    found = delay_samples(reference, estimate, RATE)
+    assert found.tolist() == [shift] * 2 and found.dtype == torch.int64
+    assert delay(reference, estimate, RATE).tolist() == [float(abs(shift))] * 2
+    raw, aligned = si_sdr(reference, estimate, RATE), si_sdr_aligned(reference, estimate, RATE)
+    assert bool((aligned > 100).all()) and bool((raw < 0).all()) == bool(shift)
 
 
 def test_align_beyond_its_limit_does_not_wrap_around():

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmtok.losses.adversarial import ADVERSARIAL_LOSSES, feature_matching
+from mmtok.losses.balancer import LossBalancer
+from mmtok.losses.discriminators import MultiPeriodDiscriminator
+from mmtok.losses.pqmf import SubbandSTFTLoss
 from mmtok.losses.spectral import MultiScaleMelLoss, MultiScaleSTFTLoss
 from mmtok.quantizers.base import Quantized
 from mmtok.tokenizer import Reconstruction
@@ -54,16 +60,21 @@ def test_image_terms_and_weights():
     assert ImageObjective().frozen_modules() == []
 
 
-def test_named_losses_of_the_forward_are_weighted_and_unknown_names_refused():
-    output = reconstruction(torch.full((1, 3, 4, 4), 0.5))
+def sound_only(aux_weights: dict[str, float]) -> AudioObjective:
+    return AudioObjective(None, aux_weights=aux_weights)
+
+
+@pytest.mark.parametrize(("make", "shape"), [(ImageObjective, (1, 3, 4, 4)), (sound_only, (1, 1, 16))])
+def test_named_losses_of_the_forward_are_weighted_and_unknown_names_refused(make: Any, shape: tuple[int, ...]):
+    output = reconstruction(torch.full(shape, 0.5))
     output.aux = {"ratio_loss": torch.tensor(0.5, requires_grad=True), "other": torch.tensor(9.0)}
-    batch = {"x": torch.full((1, 3, 4, 4), 0.5)}
-    loss, terms = ImageObjective(aux_weights={"ratio_loss": 2.0}).generator_loss(output, batch, 0)
+    batch = {"x": torch.full(shape, 0.5)}
+    loss, terms = make(aux_weights={"ratio_loss": 2.0}).generator_loss(output, batch, 0)
     assert float(loss.detach()) == pytest.approx(1.0) and float(terms["ratio_loss"]) == 0.5 and "other" not in terms
     loss.backward()
     assert float(output.aux["ratio_loss"].grad) == pytest.approx(2.0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"aux_weights: expected names among \['other', 'ratio_loss'\], got 'kl'"):
-        ImageObjective(aux_weights={"kl": 1.0}).generator_loss(output, batch, 0)
+        make(aux_weights={"kl": 1.0}).generator_loss(output, batch, 0)
 
 
 def test_training_freezes_the_perceptual_network_that_was_passed_in(tmp_path):
@@ -101,6 +112,99 @@ def test_audio_terms_and_weights():
     without = AudioObjective(None, wave_weight=1.0)
     assert without.frozen_modules() == []
     assert without.generator_loss(reconstruction(x_hat), {"x": x}, 0)[1].keys() == {"wave_l1"}
+
+
+def test_subband_term_and_weight():
+    x, x_hat = 0.1 * torch.randn(2, 1, 800), 0.1 * torch.randn(2, 1, 800)
+    subband = SubbandSTFTLoss((64,), (64,), (16,))
+    objective = AudioObjective(None, subband=subband, subband_weight=3.0)
+    loss, terms = objective.generator_loss(reconstruction(x_hat), {"x": x}, 0)
+    assert float(loss) == pytest.approx(3 * float(subband(x_hat, x)), rel=1e-5)
+    assert terms.keys() == {"wave_l1", "subband"} and objective.frozen_modules() == [subband]
+
+
+# ---- balance ----
+
+
+def balanced_objective(balance: float | None = 1.0, start: int = 0) -> AudioObjective:
+    torch.manual_seed(4)
+    adversary = Adversary(MultiPeriodDiscriminator((2, 3), widths=(2, 4)), weight=3.0, start=start)
+    mel = MultiScaleMelLoss(16000, (32, 64), (5, 10))
+    return AudioObjective(
+        mel, mel_weight=2.0, wave_weight=0.1, adversary=adversary, aux_weights={"semantic_loss": 4.0}, balance=balance
+    )
+
+
+def sound_output(offset: float = 0.0) -> tuple[Reconstruction, Tensor, Tensor]:
+    x_hat = (offset + 0.1 * torch.randn(2, 1, 256, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    output = reconstruction(x_hat)
+    other = torch.tensor(3.0, requires_grad=True)
+    output.quantized.loss, output.aux = 5 * other, {"semantic_loss": 7 * other}
+    return output, x_hat, other
+
+
+def test_balanced_terms_share_the_gradient_at_the_sound_and_the_others_stay_outside():
+    batch = {"x": 0.1 * torch.randn(2, 1, 256, generator=torch.Generator().manual_seed(1))}
+    objective, plain = balanced_objective(), balanced_objective(None)
+    output, x_hat, other = sound_output()
+    loss, terms = objective.generator_loss(output, batch, 0)
+    want, want_terms = plain.generator_loss(output, batch, 0)
+    torch.testing.assert_close(loss.detach(), want.detach())
+    assert terms.keys() == {"wave_l1", "mel", "adversarial", "feature_matching", "semantic_loss"}
+    torch.testing.assert_close(terms, want_terms)
+    loss.backward()
+    assert other.grad is not None and float(other.grad) == pytest.approx(5 + 4 * 7)
+
+    x = batch["x"]
+    losses = {"wave_l1": (x_hat - x).abs().mean()} | {"mel": plain.distances["mel"](x_hat, x)}
+    losses |= plain.adversary.generator_losses(x_hat, x, 0)
+    balanced = torch.zeros_like(x)
+    for name, weight in {"wave_l1": 0.1, "mel": 2.0, "adversarial": 3.0, "feature_matching": 2.0}.items():
+        (part,) = torch.autograd.grad(losses[name], x_hat, retain_graph=True)
+        balanced += weight / 7.1 * part / (2 * part.flatten(1).norm(dim=1)).mean()
+    assert x_hat.grad is not None
+    torch.testing.assert_close(x_hat.grad, balanced, rtol=1e-4, atol=1e-6)
+
+
+def test_balance_before_the_gan_starts_and_without_weights():
+    batch = {"x": torch.zeros(2, 1, 256)}
+    output, x_hat, _ = sound_output(0.2)
+    balanced_objective(start=9).generator_loss(output, batch, 0)[0].backward()
+    assert x_hat.grad is not None and 0.2 < float(2 * x_hat.grad.flatten(1).norm(dim=1).mean()) <= 1.0001
+    gan_only = AudioObjective(None, adversary=Adversary(Forbidden(), start=9), quantizer_weight=2.0, balance=1.0)
+    assert gan_only.generator_loss(output, batch, 0)[0].item() == 2 * 5 * 3
+    with pytest.raises(ValueError, match="weights: expected at least one, each > 0"):
+        AudioObjective(None, balance=1.0)
+    assert balanced_objective(None).kept_modules() == {} == ImageObjective().kept_modules()
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_balanced_run_cut_off_and_resumed_is_the_whole_run(tmp_path: Path):
+    """6 steps == 3 + resume + 3; the averages of the balancer are part of the state."""
+
+    def run(out: str, end: int = 100) -> dict[str, Tensor]:
+        def batches(index: int, rank: int) -> dict[str, Tensor]:
+            if index == end:
+                raise KilledError
+            return tiny_runs.sounds()(index, rank)
+
+        objective = tiny_runs.sound_objective(start=2)
+        objective.balancer = LossBalancer(objective.weights, decay=0.9)
+        tokenizer = train(tiny_runs.codec(), objective, batches, tiny_runs.settings(tmp_path / out))
+        return tiny_runs.network_state(tokenizer, objective) | dict(objective.balancer.state_dict())
+
+    whole = run("whole")
+    with pytest.raises(KilledError):
+        run("cut", 5)
+    stored = load_file(tmp_path / "cut" / "state.safetensors")
+    assert stored["module.balancer.count"].tolist() == pytest.approx([2.71, 2.71, 1.0, 1.0])  # the GAN began at step 2
+    resumed = run("cut")
+    assert whole.keys() == resumed.keys()
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
 
 
 @pytest.mark.parametrize("kind", ["hinge", "least_squares"])

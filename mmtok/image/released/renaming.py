@@ -73,6 +73,4 @@ def fill(tokenizer: Tokenizer, state: Mapping[str, Tensor], family: str, absent:
     tokenizer.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
     for module in tokenizer.modules():
         if isinstance(module, Codebook):
-            module.cluster_size.fill_(1.0)
-            if module.learning == "ema":
-                module.codebook_sum.copy_(module.codebook)
+            module.count_each_once()
