@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mmtok.audio.pieces import PiecewiseCodec
 from mmtok.audio.stream import StreamingTokenizer
 from mmtok.layers.conv1d import Past, zero_past
 from mmtok.layers.receptive import positions_read
@@ -16,10 +16,9 @@ from mmtok.layers.seanet import Decoder, Encoder
 from mmtok.layers.spectrum import Spectrum
 from mmtok.quantizers.rvq import ResidualVectorQuantizer
 from mmtok.tokenizer import Reconstruction
-from mmtok.tokens import TokenSpec
 
 
-class AudioCodec(StreamingTokenizer):
+class AudioCodec(PiecewiseCodec, StreamingTokenizer):
     """Convolutional encoder, residual vector quantizer, convolutional decoder; mono.
 
     Args:
@@ -113,11 +112,6 @@ class AudioCodec(StreamingTokenizer):
         earliest, latest = positions_read(self.decoder, start, stop)
         return (-first, last - (hop - 1)), (-earliest, latest)
 
-    def base_spec(self) -> TokenSpec:
-        rate = self.sample_rate / self.hop_length
-        quantizer = self.quantizer
-        return TokenSpec(self.type_name, "audio", quantizer.codebook_sizes, quantizer.level_strides, frame_rate=rate)
-
     def timing(self) -> dict[str, Any]:
         """As `AudioTokenizer.timing`, with the exact receptive fields: what is read before and past a frame itself."""
         fields = {"encoder_samples": list(self.encoder_field), "decoder_frames": list(self.decoder_field)}
@@ -145,24 +139,6 @@ class AudioCodec(StreamingTokenizer):
         quantized = self.quantizer(self.latent(x, None if frames is None else frames * self.hop_length), mask)
         return Reconstruction(self.sound(quantized.z_q, frames), quantized)
 
-    def encode_samples(self, x: Tensor, lengths: Tensor, num_codebooks: int | None) -> Tensor:
-        hop, T = self.hop_length, x.shape[-1] // self.hop_length
-        parts = []
-        for start, stop, left, right in pieces(T, self.chunk_frames, self.margin):
-            piece_lengths = (lengths - (start - left) * hop).clamp(0, (left + stop - start + right) * hop)
-            z = self.latent(x[..., (start - left) * hop : (stop + right) * hop], piece_lengths)
-            parts.append(self.quantizer.encode(z[:, left : left + stop - start], num_codebooks))
-        return torch.cat(parts, 2)
-
-    def decode_samples(self, codes: Tensor, lengths: Tensor) -> Tensor:
-        hop, T = self.hop_length, codes.shape[2]
-        parts = []
-        for start, stop, left, right in pieces(T, self.chunk_frames, self.margin):
-            z_q = self.quantizer.decode(codes[..., start - left : stop + right])
-            y = self.sound(z_q, (lengths - (start - left)).clamp(0, z_q.shape[1]))
-            parts.append(y[..., left * hop : (left + stop - start) * hop])
-        return torch.cat(parts, -1)
-
     def encode_stream(self, x: Tensor, past: Past, num_codebooks: int | None = None) -> Tensor:
         return self.quantizer.encode(self.latent(x, past=past), num_codebooks)
 
@@ -171,21 +147,3 @@ class AudioCodec(StreamingTokenizer):
 
     def decode_rest(self, past: Past) -> Tensor:
         return super().decode_rest(past) if self.spectrum is None else self.spectrum.synthesise_rest(past)
-
-
-def pieces(T: int, size: int, margin: int) -> list[tuple[int, int, int, int]]:
-    """(start, stop, frames of context on the left, on the right) that cover T frames in steps of ``size``."""
-    return [
-        (start, min(start + size, T), min(margin, start), min(margin, T - min(start + size, T)))
-        for start in range(0, T, size)
-    ]
-
-
-def receptive_frames(strides: Sequence[int], dilations: Sequence[int], kernel_size: int) -> int:
-    """An upper bound in frames of how far either side of a frame the encoder or the decoder looks."""
-    units = sum(d * (kernel_size - 1) for d in dilations)
-    samples, step = float(kernel_size - 1), 1
-    for stride in strides:
-        samples += units * step + 2 * stride * step
-        step *= stride
-    return math.ceil((samples + max(kernel_size, 3) * step) / step) + 1

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmtok.audio.codec import pieces, receptive_frames
+from mmtok.audio.pieces import PiecewiseCodec, receptive_frames
 from mmtok.layers.conv1d import Past, zero_past
 from mmtok.layers.seanet import Decoder, Encoder
 from mmtok.quantizers.rvq import ResidualVectorQuantizer
-from mmtok.tokenizer import AudioTokenizer, Reconstruction
-from mmtok.tokens import TokenSpec
+from mmtok.tokenizer import Reconstruction
 
 DILATIONS, KERNEL_SIZE = (1, 3, 9), 7
 
@@ -54,7 +53,7 @@ class DACDecoder(Decoder):
         return zero_past(self.last(self.snake(x), lengths), lengths)
 
 
-class DAC(AudioTokenizer):
+class DAC(PiecewiseCodec):
     """Mono codec of Snake convolutions with factorised residual codes, chosen by cosine. Not causal.
 
     With odd strides the released decoders return fewer samples than they were given (T * hop - 8 at 16 and 24 kHz), and
@@ -143,11 +142,6 @@ class DAC(AudioTokenizer):
         self.align = align
         self.delay_samples = 0 if align else -self.decoder.missing
 
-    def base_spec(self) -> TokenSpec:
-        rate = self.sample_rate / self.hop_length
-        quantizer = self.quantizer
-        return TokenSpec(self.type_name, "audio", quantizer.codebook_sizes, quantizer.level_strides, frame_rate=rate)
-
     def latent(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, 1, L), L a multiple of the hop, valid up to ``lengths`` (B,) samples -> z (B, T, D)."""
         return self.encoder(zero_past(x, lengths), lengths).transpose(1, 2)
@@ -170,20 +164,8 @@ class DAC(AudioTokenizer):
         quantized = self.quantizer(self.latent(x, None if frames is None else frames * self.hop_length), mask)
         return Reconstruction(self.sound(quantized.z_q, frames), quantized)
 
-    def encode_samples(self, x: Tensor, lengths: Tensor, num_codebooks: int | None) -> Tensor:
-        hop, T = self.hop_length, x.shape[-1] // self.hop_length
-        parts = []
-        for start, stop, left, right in pieces(T, self.chunk_frames, self.margin):
-            first, last = start - left, stop + right
-            z = self.latent(x[..., first * hop : last * hop], (lengths - first * hop).clamp(0, (last - first) * hop))
-            parts.append(self.quantizer.encode(z[:, left : left + stop - start], num_codebooks))
-        return torch.cat(parts, 2)
+    def piece_sound(self, z_q: Tensor, lengths: Tensor) -> Tensor:
+        return self._released(z_q, lengths)
 
     def decode_samples(self, codes: Tensor, lengths: Tensor) -> Tensor:
-        hop, T = self.hop_length, codes.shape[2]
-        parts = []
-        for start, stop, left, right in pieces(T, self.chunk_frames, self.margin):
-            first, last = start - left, stop + right
-            y = self._released(self.quantizer.decode(codes[..., first:last]), (lengths - first).clamp(0, last - first))
-            parts.append(y[..., left * hop : (left + stop - start) * hop])
-        return self._placed(torch.cat(parts, -1))
+        return self._placed(super().decode_samples(codes, lengths))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmtok.audio.codec import pieces
+from mmtok.audio.pieces import pieces
 from mmtok.audio.stream import StreamingTokenizer
 from mmtok.layers.conv1d import Past
 from mmtok.layers.seanet_lstm import LstmDecoder, LstmEncoder, SEANetShape

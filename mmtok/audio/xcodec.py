@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtok.audio.codec import pieces, receptive_frames
+from mmtok.audio.pieces import PiecewiseCodec, receptive_frames
 from mmtok.layers.conv1d import zero_past
 from mmtok.layers.seanet import Decoder, Encoder
 from mmtok.layers.semantic_conv import SemanticDecoder, SemanticEncoder, SemanticShape
@@ -22,8 +22,7 @@ from mmtok.layers.spectrum import Spectrum
 from mmtok.layers.speech import SpeechEncoder, build_speech
 from mmtok.quantizers import build_quantizer
 from mmtok.quantizers.base import masked_mean
-from mmtok.tokenizer import AudioTokenizer, Reconstruction
-from mmtok.tokens import TokenSpec
+from mmtok.tokenizer import Reconstruction
 
 # How the residual quantizer learns: as the authors released it, and without its faults (see quantizers/rvq_legacy.py).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 RELEASED = {"num_codebooks": 8, "codebook_size": 1024}
 
 
-class XCodec(AudioTokenizer):
+class XCodec(PiecewiseCodec):
     """X-Codec; the arguments' defaults are the published sizes, without a teacher.
 
     Args:
@@ -144,11 +143,6 @@ class XCodec(AudioTokenizer):
         if self.teacher is not None and semantic_decoder:
             self.to_semantic = nn.Linear(dim, self.teacher.dim)
 
-    def base_spec(self) -> TokenSpec:
-        rate = self.sample_rate / self.hop_length
-        quantizer = self.quantizer
-        return TokenSpec(self.type_name, "audio", quantizer.codebook_sizes, quantizer.level_strides, frame_rate=rate)
-
     def teacher_features(self, x: Tensor, frames: Sequence[int]) -> Tensor:
         """The teacher's features of (B, 1, L), item b valid up to ``frames[b]`` frames: (B, L / hop, S), 0 past them.
 
@@ -225,28 +219,14 @@ class XCodec(AudioTokenizer):
             aux["semantic"] = masked_mean((found - features[:, : found.shape[1]]).square(), valid)
         return Reconstruction(self.sound(z_q, lengths), quantized, aux)
 
-    def encode_samples(self, x: Tensor, lengths: Tensor, num_codebooks: int | None) -> Tensor:
-        hop, T = self.hop_length, x.shape[-1] // self.hop_length
-        features = None if self.teacher is None else self.teacher_features(x, (lengths // hop).tolist())
-        parts = []
-        for start, stop, left, right in pieces(T, self.chunk_frames, self.margin):
-            piece_lengths = (lengths - (start - left) * hop).clamp(0, (left + stop - start + right) * hop)
-            some = None
-            if features is not None:
-                begin, end = (start - left) * self.feature_stride, (stop + right) * self.feature_stride
-                some = features[:, begin : end + self.feature_surplus]
-            z = self.latent(x[..., (start - left) * hop : (stop + right) * hop], piece_lengths, some)
-            parts.append(self.quantizer.encode(z[:, left : left + stop - start], num_codebooks))
-        return torch.cat(parts, 2)
+    def whole_features(self, x: Tensor, lengths: Tensor) -> Tensor | None:
+        return None if self.teacher is None else self.teacher_features(x, (lengths // self.hop_length).tolist())
 
-    def decode_samples(self, codes: Tensor, lengths: Tensor) -> Tensor:
-        hop, T = self.hop_length, codes.shape[2]
-        parts = []
-        for start, stop, left, right in pieces(T, self.chunk_frames, self.margin):
-            z_q = self.quantizer.decode(codes[..., start - left : stop + right])
-            y = self.sound(z_q, (lengths - (start - left)).clamp(0, z_q.shape[1]))
-            parts.append(y[..., left * hop : (left + stop - start) * hop])
-        return torch.cat(parts, -1)
+    def piece_latent(self, x: Tensor, lengths: Tensor, features: Tensor | None, first: int) -> Tensor:
+        if features is not None:
+            count = x.shape[-1] // self.hop_length * self.feature_stride + self.feature_surplus
+            features = features[:, first * self.feature_stride :][:, :count]
+        return self.latent(x, lengths, features)
 
 
 def quantizer_preset(name: str, numbers: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtok.audio.codec import AudioCodec, receptive_frames
+from mmtok.audio.codec import AudioCodec
+from mmtok.audio.pieces import receptive_frames
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "centred": {"strides": (3, 4), "kernel_size": 5},

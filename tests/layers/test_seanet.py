@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmtok.audio.codec import pieces, receptive_frames
+from mmtok.audio.pieces import pieces, receptive_frames
 from mmtok.layers.seanet import Decoder, Encoder, hop_length
 
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
