@@ -19,7 +19,7 @@ from mmtok.layers.conv1d import zero_past
 from mmtok.layers.seanet import Decoder, Encoder
 from mmtok.layers.semantic_conv import SemanticDecoder, SemanticEncoder, SemanticShape
 from mmtok.layers.spectrum import Spectrum
-from mmtok.layers.speech import SpeechEncoder, build_speech
+from mmtok.layers.speech import GivenTeacher, SpeechEncoder, build_speech
 from mmtok.quantizers import build_quantizer
 from mmtok.quantizers.base import masked_mean
 from mmtok.tokenizer import Reconstruction
@@ -142,6 +142,17 @@ class XCodec(PiecewiseCodec):
         self.to_semantic = None
         if self.teacher is not None and semantic_decoder:
             self.to_semantic = nn.Linear(dim, self.teacher.dim)
+
+    def use_teacher(self, teacher: nn.Module) -> None:
+        """Bring the teacher of a codec with ``semantic={"type": "given", "dim": D}``: a frozen module that takes sound
+        (B, 1, L) at the codec's rate to features (B, L / hop, D). It is not saved; give it again after loading.
+
+        Raises:
+            ValueError: this codec has no such place.
+        """
+        if not isinstance(self.teacher, GivenTeacher):
+            raise ValueError(f'{self.name}: expected a codec with semantic={{"type": "given", "dim": ...}}')
+        self.teacher.network = teacher.requires_grad_(False).eval()
 
     def teacher_features(self, x: Tensor, frames: Sequence[int]) -> Tensor:
         """The teacher's features of (B, 1, L), item b valid up to ``frames[b]`` frames: (B, L / hop, S), 0 past them.

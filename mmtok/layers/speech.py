@@ -105,6 +105,48 @@ class SpeechEncoder(nn.Module):
             return torch.stack(states, 1).float().mean(1)
 
 
+class GivenTeacher(nn.Module):
+    """The place of a teacher that the program brings itself, see `mmtok.audio.xcodec.XCodec.use_teacher`.
+
+    Args:
+        dim, sample_rate, hop_length: of the features to come.
+    """
+
+    external_weights, window_frames = True, None
+
+    def __init__(self, dim: int, sample_rate: int = 16000, hop_length: int = 320):
+        super().__init__()
+        if min(dim, sample_rate, hop_length) < 1:
+            raise ValueError(
+                f"speech: expected positive dim, sample_rate, hop_length, got {(dim, sample_rate, hop_length)}"
+            )
+        self.dim, self.sample_rate, self.hop_length = dim, sample_rate, hop_length
+        self.network: nn.Module | None = None
+
+    def train(self, mode: bool = True) -> GivenTeacher:
+        """Stays in evaluation mode, as every teacher."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1, L) -> (B, L / hop, dim) float32.
+
+        Raises:
+            ValueError: no network was given, or one of another shape.
+        """
+        if self.network is None:
+            raise ValueError("this codec's teacher is the program's own: expected codec.use_teacher(module) first")
+        found = self.network(x)
+        expected = (x.shape[0], x.shape[2] // self.hop_length, self.dim)
+        if not isinstance(found, Tensor) or tuple(found.shape) != expected:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"teacher: expected features (B, T, D) = {expected} of sound {tuple(x.shape)}, got {shape}"
+            )
+        return found.float()
+
+
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
     """(samples between two frames, samples that one frame sees) of a stack of unpadded convolutions."""
     field, step = 1, 1
@@ -114,7 +156,7 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int
     return math.prod(strides), field
 
 
-def build_speech(config: Mapping[str, Any]) -> SpeechEncoder | WhisperEncoder:
+def build_speech(config: Mapping[str, Any]) -> SpeechEncoder | WhisperEncoder | GivenTeacher:
     """The teacher that ``config["type"]`` names.
 
     * ``{"type": "hf", "folder": ..., "sha256": None}``: a HuBERT, WavLM or wav2vec 2.0 in a local transformers folder,
@@ -122,6 +164,7 @@ def build_speech(config: Mapping[str, Any]) -> SpeechEncoder | WhisperEncoder:
       weight files, checked where it is given and else filled in: store the ``config`` of what is returned.
     * ``{"type": "hf_config", "config": {...}}``: such a network of the sizes in ``config`` (what its transformers
       config's ``to_dict()`` gives), with random weights that belong to the checkpoint.
+    * ``{"type": "given", "dim": D}``: a module that the program brings; not saved with the codec.
     * ``{"type": "whisper", ...}``: see `mmtok.layers.whisper.build_whisper`.
 
     The first two also take ``padding``, zeros on either side of the sound (None: half a hop, so that every hop gives
@@ -134,8 +177,13 @@ def build_speech(config: Mapping[str, Any]) -> SpeechEncoder | WhisperEncoder:
     kind = config.get("type")
     if kind == "whisper":
         return build_whisper(config)
+    if kind == "given":
+        known = ("type", "dim", "sample_rate", "hop_length")
+        if "dim" not in config or not set(config) <= set(known):
+            raise ValueError(f"speech type 'given': expected dim, and keys out of {list(known)}, got {sorted(config)}")
+        return GivenTeacher(**{k: config[k] for k in known[1:] if k in config})
     if kind not in _DEFAULTS:
-        raise ValueError(f"speech: expected a type out of {sorted([*_DEFAULTS, 'whisper'])}, got {kind!r}")
+        raise ValueError(f"speech: expected a type out of {sorted([*_DEFAULTS, 'given', 'whisper'])}, got {kind!r}")
     defaults = _DEFAULTS[kind]
     unknown = sorted(set(config) - set(defaults) - {"type"})
     if unknown:
