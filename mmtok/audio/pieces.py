@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from mmtok.tokenizer import AudioTokenizer
 from mmtok.tokens import TokenSpec
 
 
-class PiecewiseCodec(AudioTokenizer):
+class PiecewiseCodec(AudioTokenizer, abc.ABC):
     """An encoder and a decoder that see a bounded number of frames, and a quantizer of single frames between them.
 
     A subclass writes ``latent`` and ``sound``, or what it does instead on a piece, and sets
@@ -32,13 +33,13 @@ class PiecewiseCodec(AudioTokenizer):
         quantizer = self.quantizer
         return TokenSpec(self.type_name, "audio", quantizer.codebook_sizes, quantizer.level_strides, frame_rate=rate)
 
+    @abc.abstractmethod
     def latent(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, 1, L), valid up to ``lengths`` (B,) samples -> z (B, T, D)."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it encodes")
 
+    @abc.abstractmethod
     def sound(self, z_q: Tensor, lengths: Tensor | None = None) -> Tensor:
         """z_q (B, T, D), valid up to ``lengths`` (B,) frames -> (B, 1, T * hop)."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it decodes")
 
     def whole_features(self, x: Tensor, lengths: Tensor) -> Tensor | None:
         """What the encoder needs of the whole sound beside the piece, see `piece_latent`."""

@@ -61,7 +61,7 @@ def test_a_folder_of_a_speech_model_is_a_teacher_whose_weights_are_checked(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"type": "mel"}, r"expected a type out of \['hf', 'hf_config', 'whisper'\], got 'mel'"),
+        ({"type": "mel"}, r"expected a type out of \['given', 'hf', 'hf_config', 'whisper'\], got 'mel'"),
         ({"type": "hf", "layer": 3}, r"expected keys out of .*got \['layer'\]"),
         ({"type": "hf", "folder": "nowhere"}, r"expected a transformers folder with a config.json, or a name out of"),
         ({"type": "hf_config"}, r"expected a model_type out of .*got None"),
