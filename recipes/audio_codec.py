@@ -1,6 +1,8 @@
 """Train the 16 kHz RVQ speech codec: 50 Hz, 8 levels of 1024 codes, 4 kbit/s, DAC / SEANet blocks with Snake.
 
 Command:   python recipes/audio_codec.py --data data --out runs/audio_codec --steps 2000 --compile
+           python recipes/audio_codec.py --data data --causal --out runs/audio_causal --steps 1200 --compile
+           python recipes/audio_codec.py --data my_recordings --init audio-causal-16k-4kbps --lr 3e-4    # fine-tune
 Data:      `python recipes/fetch_data.py --out data` (human and synthesised speech), or any folder of audio.
 Result:    see recipes/LOG.md and checkpoints/audio-codec-16k-4kbps/README.md.
 """
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import mmtok
 from mmtok.audio.codec import AudioCodec
 from mmtok.data.audio import read_audio, resample
 from mmtok.data.packed import AudioBatches, audio_reader, pack
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="clips of one second a step on one process")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--init", help="go on from this tokenizer's weights: a folder or a shipped name")
     parser.add_argument("--causal", action="store_true", help="a model that streams: look-ahead of 15 ms, no more")
     parser.add_argument("--gan-start", type=int, default=None, help="step from which discriminators take part")
     parser.add_argument("--compile", action="store_true", help="torch.compile the convolution stacks")
@@ -71,6 +75,10 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     tokenizer = AudioCodec(sample_rate=rate, **(TINY if args.smoke else CAUSAL if args.causal else SMALL))
+    if args.init:
+        tokenizer = mmtok.load(args.init)
+        if not isinstance(tokenizer, AudioCodec):
+            raise SystemExit(f"--init: expected a codec, got {tokenizer.type_name!r}")
     if args.compile:
         tokenizer.encoder.compile(dynamic=False)
         tokenizer.decoder.compile(dynamic=False)
@@ -80,7 +88,7 @@ def main() -> None:
         lr=args.lr,
         seed=args.seed,
         warmup=2 if args.smoke else 200,
-        codebook_batches=2 if args.smoke else 40,
+        codebook_batches=0 if args.init else 2 if args.smoke else 40,
         resume=args.resume,
     )
 

@@ -49,7 +49,7 @@ PRESET_SHAPE = {"front": "stft", "strides": (80, 2, 2), "kernel_size": 3, "encod
 
 
 FEW = 2  # levels of the low bitrate at which speech is scored as well
-PRESET_STEPS = 400
+PRESET_STEPS = 250
 SIGNAL_COLUMNS = {
     "pesq_wb": ("PESQ-wb", 2),
     "stoi": ("STOI", 3),
@@ -96,7 +96,7 @@ class Material:
         books = [s for s in find_sources(data, "audio") if s.package == "pocketsphinx-testdata"]
         sounds = [read_audio(s.path) for s in books]
         self.readers = Spoken(
-            [resample(x.mean(0, keepdim=True), r, RATE)[:, : 4 * RATE] for x, r in sounds],
+            [resample(x.mean(0, keepdim=True), r, RATE)[:, : 3 * RATE] for x, r in sounds],
             [s.text or "" for s in books],
         ).part(3)
         self.recognisers = [WhisperRecogniser(join_whisper(data / "helpers")), SphinxRecogniser()]
@@ -149,10 +149,10 @@ def preset_codec(preset: str, smoke: bool) -> XCodec:
 
 def main() -> None:
     args = arguments(__doc__, "runs/claims_audio", steps=900)
-    packed = training_speech(args.data, args.cache, args.smoke)
 
     def build(variant: Variant, seed: int, folder: Path) -> Training:
         del folder
+        packed = training_speech(args.data, args.cache, args.smoke)  # read anew, from what was packed the first time
         seeded(seed)
         if "preset" in variant.settings:
             codec = preset_codec(variant.settings["preset"], args.smoke)
