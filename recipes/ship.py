@@ -250,7 +250,7 @@ def audio_table(results: list[dict[str, Any]]) -> str:
     for row in results[0]["opus"]:
         label = f"Opus, {row['frame_ms']} ms packets (with Ogg: {row['file_bps'] / 1000:.1f} kbit/s)"
         cells = [f"{row[n]:.{d}f}" if n in row else "-" for n, d in zip(names, digits, strict=True)]
-        rows.append([label, f"{row['payload_bps'] / 1000:.1f}", *cells, f"{row['delay_samples']:g}"])
+        rows.append([label, f"{row['payload_bps'] / 1000:.1f}", *cells, f"{row['delay_samples']:.1f}"])
     header = ["speech, held-out voices", "kbit/s", "PESQ-wb", "STOI", "SI-SDR dB", "aligned", "delay, samples"]
     return markdown_table(header, rows)
 

@@ -73,6 +73,42 @@ def test_speech_floor():
     assert full["stoi"]["mean"] >= 0.85 and full["pesq_wb"]["mean"] >= 1.6
 
 
+@pytest.mark.parametrize("name", mmtok.available("audio-*"))
+def test_delay_is_measured_and_in_the_card(name):
+    rows = RESULTS[name]["speech"]
+    text = (ROOT / "checkpoints" / name / "README.md").read_text()
+    full = max(rows, key=lambda r: r["num_codebooks"])
+    assert f"Reconstructions are {full['delay_samples']:g} samples late" in text
+    assert abs(full["delay_samples"]) <= 1
+
+
+def test_the_causal_codec_streams_as_it_works_offline():
+    from mmtok.audio.stream import StreamingTokenizer
+    from mmtok.data.audio import read_audio
+    from mmtok.tokens import Tokens
+
+    codec = mmtok.load("audio-causal-16k-4kbps")
+    assert isinstance(codec, StreamingTokenizer)
+    x, rate = read_audio(ROOT / "mmtok" / "assets" / "speech.flac")
+    offline = codec.encode(x, sample_rate=rate)
+    sender, receiver = codec.streamer(), codec.decode_streamer()
+    sizes = torch.randint(1, 3000, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens, sound, start = [], [], 0
+    for size in sizes:
+        tokens.append(sender.push(x[:, start : start + size], sample_rate=rate))
+        start += size
+        if start >= x.shape[1]:
+            break
+    tokens.append(sender.flush())
+    found = [t for t in tokens if t is not None]
+    assert len(found) > 10 and torch.equal(Tokens.join(found).codes, offline.codes)
+    sound = torch.cat([receiver.push(t) for t in found] + [receiver.flush()], 1)
+    whole = codec.decode(offline)
+    assert isinstance(whole, torch.Tensor)
+    torch.testing.assert_close(sound, whole[0], atol=1e-5, rtol=0)
+    assert sender.latency_seconds + receiver.latency_seconds == pytest.approx(0.035)
+
+
 def test_readme_tables_come_from_the_stored_scores():
     text = (ROOT / "README.md").read_text()
     photos = RESULTS["image-binary1d-64x64"]["photos"]
