@@ -11,7 +11,12 @@ from mmtok.bench.shipped import markdown_table
 
 COMMAND = "`python recipes/{}.py --data data{} --results recipes/results`"
 RECIPES = {"xcodec": "claims_audio"}  # the others are claim_NAME
-FLAGS = {"binary": " --seeds 2", "dynamic": " --steps 450 --seeds 1", "titok": " --steps 300"}  # as they were run
+FLAGS = {
+    "binary": " --seeds 2",
+    "dynamic": " --steps 450 --seeds 1",
+    "xcodec": " --seeds 2",
+    "titok": " --steps 300",
+}  # as they were run
 HEADER = ["system", "the paper's claim", "ours, small and on a CPU", "command"]
 
 
@@ -115,6 +120,14 @@ def titok(results: Path) -> str:
     )
 
 
+TRAINED = (
+    ("faithful", "as released"),
+    ("faithful-whole", "the same on the whole batch"),
+    ("fixed", "without its faults"),
+    ("fixed-quick", "the same with its short memory"),
+)
+
+
 def xcodec(results: Path) -> str:
     r, presets = read(results, "claim-xcodec"), read(results, "claim-xcodec-presets")
     both = [
@@ -133,9 +146,9 @@ def xcodec(results: Path) -> str:
     training = [
         f"{label} {value(presets, name, 'perplexity', 0)} of 256 (PESQ {value(presets, name, 'pesq_wb', 2)}, "
         f"mel distance {value(presets, name, 'mel_distance', 2)})"
-        for name, label in (("faithful", "as released"), ("faithful-whole", "the whole batch"), ("fixed", "fixed"))
+        for name, label in TRAINED
     ]
-    return "; ".join(both) + ". Its training: perplexity " + ", ".join(training)
+    return "; ".join(both) + f". Its training, {presets['steps']} steps: perplexity " + ", ".join(training)
 
 
 SYSTEMS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
