@@ -131,11 +131,11 @@ TRAINED = (
 def xcodec(results: Path) -> str:
     r, presets = read(results, "claim-xcodec"), read(results, "claim-xcodec-presets")
     both = [
-        f"{label}: {value(r, 'acoustic', score, digits)} without, {gap(r, 'semantic', score, digits)} with"
+        f"{label} {value(r, 'acoustic', score, digits)}, with the branch {gap(r, 'semantic', score, digits)}"
         for score, label, digits in (
-            ("whisper-base", "WER % at 4 kbit/s (Whisper base)", 1),
-            ("pocketsphinx", "(pocketsphinx)", 1),
-            ("whisper-base, 1 kbit/s", "at 1 kbit/s (Whisper base)", 1),
+            ("whisper-base", "WER % at 4 kbit/s by Whisper base", 1),
+            ("pocketsphinx", "by pocketsphinx", 1),
+            ("whisper-base, 1 kbit/s", "at 1 kbit/s by Whisper base", 1),
             ("probe1", "phone accuracy % of a linear probe on level 1", 1),
             ("probe", "on all levels", 1),
             ("pesq_wb", "PESQ", 2),
@@ -148,7 +148,10 @@ def xcodec(results: Path) -> str:
         f"mel distance {value(presets, name, 'mel_distance', 2)})"
         for name, label in TRAINED
     ]
-    return "; ".join(both) + f". Its training, {presets['steps']} steps: perplexity " + ", ".join(training)
+    heard = {name: entry["mean"] for name, entry in r["originals"].items()}
+    originals = f"(WER of the originals {heard['whisper-base']:.1f} and {heard['pocketsphinx']:.1f} %)"
+    steps = f"Its training, {presets['steps']} steps: perplexity "
+    return "without the branch: " + "; ".join(both) + f" {originals}. {steps}" + ", ".join(training)
 
 
 SYSTEMS: dict[str, tuple[str, str, Callable[[Path], str]]] = {
