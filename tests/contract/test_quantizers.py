@@ -12,6 +12,8 @@ from torch import nn
 
 from mmtok.quantizers import QUANTIZERS, Quantizer, build_quantizer
 
+# Kept with the faults of a published training, to be measured: see tests/quantizers/test_rvq_legacy.py.
+LAWLESS = {"rvq_legacy"}
 CASES: dict[str, dict] = {
     "vq": {"type": "vq", "dim": 5, "codebook_size": 12},
     "vq-gradient": {"type": "vq", "dim": 5, "codebook_size": 12, "codebook": "gradient"},
@@ -122,7 +124,7 @@ def prefix_mask(B: int, T: int) -> torch.Tensor:
 
 
 def test_every_entry_of_the_table_is_covered():
-    assert {config["type"] for config in CASES.values()} == set(QUANTIZERS)
+    assert {config["type"] for config in CASES.values()} == set(QUANTIZERS) - LAWLESS
 
 
 @every_case

@@ -25,7 +25,8 @@ def clips(dim: int, lengths: tuple[int, ...] = (40, 64, 33)) -> list[torch.Tenso
 
 def test_every_type_of_the_zoo_is_compared_and_can_be_built():
     found = recipe.schemes(96, 10)
-    assert {config["type"] for config in found.values()} == set(QUANTIZERS)
+    # Nobody chooses the legacy one: claims_audio.py compares it with what replaced it.
+    assert {config["type"] for config in found.values()} == set(QUANTIZERS) - {"rvq_legacy"}
     assert set(recipe.PREFIXES) <= set(found)
     for name, config in recipe.schemes(16, 3).items():
         quantizer = build_quantizer(config)
