@@ -101,7 +101,8 @@ def test_the_readme_has_the_stored_results():
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("claim-*.json")), ids=lambda p: p.stem)
 def test_stored_claims_have_a_baseline_and_a_count(file: Path):
     result = json.loads(file.read_text())
-    assert result["count"] >= 40 and result["baseline"] in result["variants"]
+    enough = 40 if file.stem.startswith("claim-xcodec") else 100  # clips of seconds, pictures
+    assert result["count"] >= enough and result["baseline"] in result["variants"]
     for scores in result["variants"].values():
         assert scores["seeds"] >= 1
         assert any("low" in v for v in scores.values() if isinstance(v, dict)), "no interval"
