@@ -171,6 +171,7 @@ def one_rank(rank: int, folder: str) -> None:
     try:
         balancer, last = steps(slice(2 * rank, 2 * rank + 2))
         save_file(balancer.state_dict() | {"last": last}, f"{folder}/{rank}.safetensors")
+        dist.barrier()  # gloo may abort where one rank takes the group down while the other still uses it
     finally:
         dist.destroy_process_group()
 
