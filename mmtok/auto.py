@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mmtok.catalogue import Family
+from mmtok.data.hub import hub_folder
 from mmtok.layers.shipped import unpacked
 from mmtok.quantizers.codebook import Codebook
 from mmtok.tokenizer import CHECKPOINT_FORMAT, TRAINING_STATE, CheckpointError, Tokenizer, fingerprint_of
@@ -31,6 +33,8 @@ TOKENIZERS = {
     "mimi": "mmtok.audio.mimi:Mimi",
     "xcodec": "mmtok.audio.xcodec:XCodec",
 }
+# Other people's tokenizers, as "module:Family"; loaded as "<family>:<folder, repository or setting>".
+FAMILIES: dict[str, str] = {}
 HUB_PREFIX = "hf:"
 FILES = ("config.json", "model.safetensors")
 
@@ -47,6 +51,17 @@ def available(pattern: str = "*") -> list[str]:
     folder = shipped_folder()
     names = sorted(p.parent.name for p in folder.glob("*/config.json")) if folder.is_dir() else []
     return [n for n in names if fnmatch.fnmatch(n, pattern)]
+
+
+def families(pattern: str = "*") -> dict[str, Family]:
+    """Families of other people's tokenizers, which `load` takes as ``<family>:<source>``; no package is needed yet."""
+    return {n: family(n) for n in sorted(FAMILIES) if fnmatch.fnmatch(n, pattern)}
+
+
+def family(name: str) -> Family:
+    """One entry of `families`. Raises KeyError when there is none."""
+    module, _, entry = FAMILIES[name].partition(":")
+    return getattr(importlib.import_module(module), entry)
 
 
 def card(name: str) -> dict[str, Any]:
@@ -86,13 +101,18 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
     """Load a tokenizer, ready for encode and decode.
 
     Args:
-        name: a shipped name (`available`), a checkpoint folder, or ``hf:org/repo`` on the Hugging Face hub (the local
-            cache is used when the hub cannot be reached).
+        name: a shipped name (`available`), a checkpoint folder, ``hf:org/repo`` on the Hugging Face hub (the local
+            cache is used when the hub cannot be reached), or ``<family>:<source>`` for another package's tokenizer
+            (`families`), e.g. ``encodec:facebook/encodec_24khz``, ``dac:/models/dac_44khz`` or ``jpeg:50``.
         device: where the weights go.
 
     Raises:
         ValueError: unknown name or type. CheckpointError: a file is missing, damaged, or was changed.
+        ImportError: the package of a family is not installed.
     """
+    prefix, colon, source = str(name).partition(":")
+    if colon and prefix in FAMILIES:
+        return family(prefix).open(source).to(device).eval()
     folder = _folder(name)
     config = _read_config(folder)
     if config["type"] not in TOKENIZERS:
@@ -123,6 +143,7 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
         raise CheckpointError(f"{folder}: missing weights {absent[:3]}, unexpected {unexpected[:3]}; restore the files")
     revive_training_state(tokenizer, missing)
     tokenizer.name = spec.name
+    tokenizer.about = config["about"]
     return tokenizer.to(device).eval()
 
 
@@ -137,7 +158,7 @@ def revive_training_state(tokenizer: Tokenizer, missing: Sequence[str]) -> None:
 def _folder(name: str | Path) -> Path:
     text = str(name)
     if text.startswith(HUB_PREFIX):
-        return _from_hub(text.removeprefix(HUB_PREFIX))
+        return hub_folder(text.removeprefix(HUB_PREFIX), [*FILES, "README.md"], HUB_PREFIX)
     if text in available():
         return shipped_folder() / text
     if Path(text).is_dir():
@@ -145,24 +166,9 @@ def _folder(name: str | Path) -> Path:
     near = difflib.get_close_matches(text, available(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-        f"unknown tokenizer {text!r}: {hint}expected one of {available()}, a checkpoint folder, or hf:org/repo"
+        f"unknown tokenizer {text!r}: {hint}expected one of {available()}, a checkpoint folder, hf:org/repo, or a "
+        f"family and its source, such as encodec:FOLDER ({', '.join(sorted(FAMILIES))})"
     )
-
-
-def _from_hub(repo: str) -> Path:
-    """The snapshot folder of a hub repository; its cached copy when there is no network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[*FILES, "README.md"]))
-    except HFValidationError as e:
-        raise ValueError(f"hf:{repo}: expected hf:org/repo ({e})") from e
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        raise ValueError(
-            f"hf:{repo} is neither in the local cache nor reachable ({type(e).__name__}); check the name and the "
-            "network, or download the folder and load it by its path"
-        ) from e
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -176,7 +182,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config["type"], str) or not isinstance(config["config"], dict):
             raise TypeError("expected type to be a string and config an object")
         TokenSpec.from_dict(config["spec"])
-        return {k: config[k] for k in ("format", "type", "config", "spec")}
+        about = config.get("about", {})
+        if not isinstance(about, dict):
+            raise TypeError("expected about to be an object")
+        return {k: config[k] for k in ("format", "type", "config", "spec")} | {"about": about}
     except CheckpointError:
         raise
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mmtok.catalogue import Taxonomy
 from mmtok.data import audio as audio_io
 from mmtok.data import images as image_io
 from mmtok.layers.shipped import packed, unpacked
@@ -49,6 +51,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.name = self.type_name
+        self.about: dict[str, Any] = {}  # fields of `Taxonomy` that the training decided; kept in config.json
         self._hash: tuple[tuple, str] | None = None
         self._text_encoder: TextEncoder | None = None
 
@@ -88,9 +91,19 @@ class Tokenizer(nn.Module):
         """Prefixes of the state dict's keys whose values come from outside the checkpoint."""
         return tuple(f"{name}." for name, m in self.named_modules() if getattr(m, "external_weights", False))
 
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy | None:
+        """The columns of `mmtok list` for a tokenizer with this config; None where the class says nothing of it.
+
+        How a checkpoint was trained is not in its config: `about` overrules the fields it names.
+        """
+        del config, spec
+        return None
+
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where the weights are; the CPU for what has none."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def encode(
         self,
@@ -203,6 +216,7 @@ class Tokenizer(nn.Module):
             "config": self.config,
             "spec": self.spec.to_dict(),
         }
+        config |= {"about": self.about} if self.about else {}
         write_atomic(folder / "model.safetensors", save(stored, metadata={"format": CHECKPOINT_FORMAT}))
         write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
@@ -369,12 +383,14 @@ class AudioTokenizer(Tokenizer):
 
     Sound at another rate is resampled to the model's and back (both rates stand in ``side``). Several channels are
     encoded one by one and their frames interleaved (position = frame * channels + channel), so two channels cost twice
-    the bits; give a mono mix where that is not wanted.
+    the bits; give a mono mix where that is not wanted. Where levels are slower than others (``level_strides``), a clip
+    has whole groups of ``frame_group`` frames, and it is the groups that are interleaved.
     """
 
     modality = "audio"
     sample_rate: int = 16000
     hop_length: int = 320
+    frame_group: int = 1
 
     def encode_samples(self, x: Tensor, lengths: Tensor, num_codebooks: int | None) -> Tensor:
         """(B, 1, L) zero past ``lengths`` (B,), both multiples of the hop -> codes (B, Q, T)."""
@@ -406,10 +422,11 @@ class AudioTokenizer(Tokenizer):
         frames: list[int] = []
         for s in sounds:
             samples = audio_io.resample(s.samples, s.sample_rate, self.sample_rate)
-            frames.append(-(-samples.shape[-1] // hop))
+            frames.append(self.num_frames(samples.shape[-1]))
             rows.extend(samples)
         row_frames = [f for s, f in zip(sounds, frames, strict=True) for _ in range(s.samples.shape[0])]
         L = max(row_frames) * hop
+        group = self.frame_group
         batch = torch.stack([audio_io.fit_length(r, L) for r in rows])[:, None].to(self.device)
         with evaluation(self):
             row_codes = self.encode_samples(batch, integers(row_frames).to(self.device) * hop, num_codebooks)
@@ -417,7 +434,8 @@ class AudioTokenizer(Tokenizer):
         for s, T in zip(sounds, frames, strict=True):
             C = s.samples.shape[0]
             both = row_codes[row : row + C, :, :T]  # (C, Q, T)
-            codes.append(both.permute(1, 2, 0).reshape(both.shape[1], T * C))
+            grouped = both.unflatten(2, (T // group, group))  # (C, Q, groups, frames of a group)
+            codes.append(grouped.permute(1, 2, 0, 3).reshape(both.shape[1], T * C))
             lengths.append(T * C)
             row += C
         padded = torch.nn.utils.rnn.pad_sequence([c.T for c in codes], batch_first=True).transpose(1, 2).contiguous()
@@ -453,17 +471,26 @@ class AudioTokenizer(Tokenizer):
                 item = tokens[i].to(self.device)
                 C = side_value(item, "channels", 1, range(1, audio_io.MAX_CHANNELS + 1))
                 rate = side_value(item, "sample_rate", self.sample_rate, audio_io.SAMPLE_RATES)
-                T = item.codes.shape[2] // C  # whole frames of all channels
-                rows = item.codes[0, :, : T * C].unflatten(1, (T, C)).permute(2, 0, 1)  # (C, Q, T)
+                groups, group = item.codes.shape[2] // (C * self.frame_group), self.frame_group
+                T = groups * group  # whole groups of all channels
+                rows = item.codes[0, :, : T * C].unflatten(1, (groups, C, group)).permute(2, 0, 1, 3).flatten(2)
                 if T:
                     sound = self.decode_samples(rows, integers([T] * C).to(rows.device))[:, 0].float()
                 else:
                     sound = torch.zeros(C, 0, device=rows.device)
                 sound = audio_io.resample(sound, self.sample_rate, rate) if T else sound
-                whole = sound.shape[-1]
-                wanted = side_value(item, "num_samples", whole, range(2**63))
-                out.append(audio_io.fit_length(sound, self.true_length(T, wanted, rate)).cpu())
+                wanted = side_value(item, "num_samples", sound.shape[-1], range(2**63))
+                out.append(self.exact(sound, self.true_length(T, wanted, rate)).cpu())
         return stack(out) if out else torch.zeros(0, 1, 0)
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a clip of ``num_samples`` at the model's rate: whole hops in whole groups."""
+        group = self.frame_group
+        return -(-num_samples // (self.hop_length * group)) * group
+
+    def exact(self, sound: Tensor, length: int) -> Tensor:
+        """The decoded ``sound`` (C, L), cut or padded with zeros to the length that it must have."""
+        return audio_io.fit_length(sound, length)
 
     def true_length(self, frames: int, wanted: int, rate: int) -> int:
         """Samples at ``rate`` that ``frames`` describe when the clip has ``wanted``, rounded up as resampling does.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmtok.layers.receptive import pieces
 from mmtok.quantizers.base import Quantizer
 from mmtok.tokenizer import AudioTokenizer
 from mmtok.tokens import TokenSpec
@@ -72,14 +73,6 @@ class PiecewiseCodec(AudioTokenizer, abc.ABC):
             y = self.piece_sound(z_q, (lengths - first).clamp(0, last - first))
             parts.append(y[..., left * hop : (left + stop - start) * hop])
         return torch.cat(parts, -1)
-
-
-def pieces(T: int, size: int, margin: int) -> list[tuple[int, int, int, int]]:
-    """(start, stop, frames of context on the left, on the right) that cover T frames in steps of ``size``."""
-    return [
-        (start, min(start + size, T), min(margin, start), min(margin, T - min(start + size, T)))
-        for start in range(0, T, size)
-    ]
 
 
 def receptive_frames(strides: Sequence[int], dilations: Sequence[int], kernel_size: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmtok.image.raster2d import GridTokenizer
+from mmtok.image.raster2d import LatentGrid
 from mmtok.layers.conv2d import ConvDecoder, ConvEncoder, ConvShape, edge_pad
 from mmtok.quantizers.base import Quantized, masked_mean
 from mmtok.quantizers.frozen import RowSample
@@ -39,7 +39,7 @@ PUBLISHED = {  # MAR's KL-16 and the 64 cells of TokenBridge, about 66.1 M param
 }
 
 
-class Bridge(GridTokenizer):
+class Bridge(LatentGrid):
     """KL autoencoder and per-dimension codes; ``Bridge(**PUBLISHED)`` is the published one.
 
     Codes are (B, D, T): level q is number q of the latents, the positions are the cells of the grid in raster order.

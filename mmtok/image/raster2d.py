@@ -1,26 +1,23 @@
 """A convolutional autoencoder with a code for every cell of a grid, in raster order: VQGAN (arXiv 2012.09841).
 
 The 2-D tokenizer that the 1-D ones are compared with, and the teacher of TiTok's first stage (MaskGIT-VQ). What any
-grid of codes needs (padding, the grid behind a number of tokens) is in `GridTokenizer`, which `bridge` shares.
+grid of codes needs (padding, the grid behind a number of tokens) is in `mmtok.grid`, and `LatentGrid` is what `bridge`
+shares.
 """
 
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmtok.data.images import MAX_PIXELS
+from mmtok.grid import GridTokenizer
 from mmtok.layers.conv2d import ConvDecoder, ConvEncoder, ConvShape, edge_pad
-from mmtok.layers.text import TextFeatures
 from mmtok.quantizers import Quantizer, build_quantizer
-from mmtok.tokenizer import ImageTokenizer, Reconstruction, stack
-from mmtok.tokens import Tokens, TokensError, TokenSpec
+from mmtok.tokenizer import Reconstruction
 
 PIXELS = ("signed", "unit")
 
@@ -43,17 +40,13 @@ MASKGIT_VQ = {  # the sizes of maskgit-vqgan-imagenet-f16-256, which TiTok's fir
 }
 
 
-class GridTokenizer(ImageTokenizer, abc.ABC):
-    """An image tokenizer whose position t is the cell (t // w, t % w) of a grid of ``factor`` x ``factor`` pixels.
+class LatentGrid(GridTokenizer, abc.ABC):
+    """A grid of codes with a quantizer of ours between an encoder and a decoder.
 
-    A picture is padded to whole cells by repeating its edge pixels, and cut again; T = ceil(H / f) * ceil(W / f).
-    Fewer tokens than cells are a prefix: the cells that are missing decode as vectors of 0. More are an error. So that
-    a prefix can be told from another grid, ``size=`` resizes the decoded picture and leaves its grid as it is.
-    A subclass sets ``quantizer`` and writes `latent` and `pixels`.
+    A subclass sets ``quantizer`` and writes `latent` and `pixels`. Cells that a prefix lacks decode as vectors of 0.
     """
 
     quantizer: Quantizer
-    factor: int
 
     @abc.abstractmethod
     def latent(self, x: Tensor) -> Tensor:
@@ -63,69 +56,19 @@ class GridTokenizer(ImageTokenizer, abc.ABC):
     def pixels(self, z_q: Tensor, height: int, width: int) -> Tensor:
         """z_q (B, T, D) -> (B, 3, height, width), not clipped; both multiples of ``factor``."""
 
-    def set_sizes(self, factor: int, image_size: int) -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size: expected at least 1 px, got {image_size}")
-        self.factor, self.max_size, self.default_size = factor, image_size, image_size
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return self.quantizer.codebook_sizes
 
-    def base_spec(self) -> TokenSpec:
-        largest = self.grid(self.max_size, self.max_size)
-        return TokenSpec(self.type_name, "image", self.quantizer.codebook_sizes, num_tokens=largest[0] * largest[1])
+    def grid_codes(self, x: Tensor, num_codebooks: int | None) -> Tensor:
+        return self.quantizer.encode(self.latent(edge_pad(x, self.factor)), num_codebooks)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of cells of a picture."""
-        return -(-height // self.factor), -(-width // self.factor)
-
-    def size_without_side(self, num_tokens: int) -> tuple[int, int]:
-        """The smallest square of whole cells that has room for them: codes without a size are taken for a square."""
-        side = math.isqrt(max(num_tokens - 1, 0)) + 1 if num_tokens else self.grid(self.max_size, self.max_size)[0]
-        return side * self.factor, side * self.factor
-
-    def encode_pixels(
-        self, x: Tensor, num_codebooks: int | None, num_tokens: int | None, text: TextFeatures | None
-    ) -> tuple[Tensor, Tensor]:
-        z = self.latent(edge_pad(x, self.factor))
-        codes = self.quantizer.encode(z, num_codebooks)[..., :num_tokens]
-        return codes, torch.full((len(x),), codes.shape[2])
-
-    def decode_pixels(
-        self,
-        codes: Tensor,
-        height: int,
-        width: int,
-        text: TextFeatures | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        rows, columns = self.grid(height, width)
-        missing = rows * columns - codes.shape[2]
-        if missing < 0:
-            raise TokensError(
-                f"expected at most {rows * columns} tokens, {rows} x {columns} cells of {self.factor} px for a picture "
-                f"of {height} x {width}, got {codes.shape[2]}; they belong to a picture of another size"
-            )
-        z_q = F.pad(self.quantizer.decode(codes), (0, 0, 0, missing))
-        return self.pixels(z_q, rows * self.factor, columns * self.factor)[..., :height, :width]
-
-    @torch.no_grad()
-    def decode(
-        self,
-        tokens: Tokens,
-        text: Any = None,
-        size: tuple[int, int] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor | list[Tensor]:
-        """As `ImageTokenizer.decode`. ``size`` resizes the picture that the codes describe (antialiased bicubic)."""
-        if size is None or not {"height", "width"} <= tokens.side.keys():
-            return super().decode(tokens, text, size, generator)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"size: expected (height, width) of at least 1, got {size}")
-        if size[0] * size[1] > MAX_PIXELS:
-            raise ValueError(f"expected at most {MAX_PIXELS} px, got {size[0]} x {size[1]}; pass a smaller size=")
-        pictures = super().decode(tokens, text, None, generator)
-        return stack([self._resize(p[None], (size[0], size[1]))[0] for p in pictures]) if len(pictures) else pictures
+    def grid_pixels(self, codes: Tensor, rows: int, columns: int) -> Tensor:
+        z_q = F.pad(self.quantizer.decode(codes), (0, 0, 0, rows * columns - codes.shape[2]))
+        return self.pixels(z_q, rows * self.factor, columns * self.factor)
 
 
-class Raster2D(GridTokenizer):
+class Raster2D(LatentGrid):
     """Convolutional encoder, any quantizer, convolutional decoder; ``Raster2D(**MASKGIT_VQ)`` is MaskGIT-VQ.
 
     Args:

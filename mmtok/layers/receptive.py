@@ -1,4 +1,4 @@
-"""The exact receptive field of a stack of convolutions, from the paddings and strides of its layers."""
+"""The exact receptive field of a stack of convolutions, and the pieces of long sound that overlap by it."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def positions_read(stack: nn.Module, first: int, last: int) -> tuple[int, int]:
         else:  # two taps: a position reaches its own outputs and those of the position after it
             first, last = (first + layer.cut) // layer.stride - 1, (last + layer.cut) // layer.stride
     return first, last
+
+
+def pieces(T: int, size: int, margin: int) -> list[tuple[int, int, int, int]]:
+    """(start, stop, frames of context on the left, on the right) that cover T frames in steps of ``size``."""
+    return [
+        (start, min(start + size, T), min(margin, start), min(margin, T - min(start + size, T)))
+        for start in range(0, T, size)
+    ]

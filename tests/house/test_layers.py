@@ -16,6 +16,7 @@ from source_tree import PACKAGE, ROOT, python_files, short, tracked_files, tree
 # A part imports parts of lower ranks and its own folder only. A new part gets its line here.
 RANKS = {
     "tokens": 0,
+    "catalogue": 0,
     "kernels": 0,
     "layers": 1,
     "vocab": 1,
@@ -24,16 +25,17 @@ RANKS = {
     "quantizers": 2,
     "tokenizer": 3,
     "losses": 3,
-    "image": 4,
-    "audio": 4,
-    "wrappers": 4,
-    "auto": 5,
-    "training": 6,
-    "bench": 6,
-    "corpus": 6,
-    "lm": 6,
-    "cli": 7,
-    "__init__": 7,
+    "grid": 4,
+    "image": 5,
+    "audio": 5,
+    "wrappers": 5,
+    "auto": 6,
+    "training": 7,
+    "bench": 7,
+    "corpus": 7,
+    "lm": 7,
+    "cli": 8,
+    "__init__": 8,
 }
 # Optional, or slow to import, or both: only inside functions.
 INSIDE_FUNCTIONS = {

@@ -1,0 +1,47 @@
+"""Folders of the Hugging Face hub: a local folder is taken as it is, a repository from the cache or the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def hub_folder(repo: str, files: Sequence[str], prefix: str = "") -> Path:
+    """The snapshot folder of a hub repository; its cached copy when there is no network.
+
+    Args:
+        repo: ``org/repo``.
+        files: patterns of what is needed, e.g. ``("config.json", "*.safetensors")``.
+        prefix: what the user wrote before the name, for the errors.
+
+    Raises:
+        ValueError: no such name, or neither cached nor reachable.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(files)))
+    except HFValidationError as e:
+        raise ValueError(f"{prefix}{repo}: expected {prefix}org/repo ({e})") from e
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise ValueError(
+            f"{prefix}{repo} is neither in the local cache nor reachable ({type(e).__name__}); check the name and the "
+            "network, or download the folder and load it by its path"
+        ) from e
+
+
+def folder_of(source: str, files: Sequence[str]) -> Path:
+    """A local folder as it is, else the hub repository of that name, see `hub_folder`.
+
+    Raises:
+        ValueError: neither; a source that looks like a path is never looked up on the hub.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{source} is a file; expected the folder that holds {', '.join(files)}")
+    if not source or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ValueError(f"no folder at {source!r}; expected a folder, or a hub repository org/repo")
+    return hub_folder(source, [*files, "README.md"])
