@@ -21,11 +21,26 @@ _HOMES = {
     "load": "mmtok.auto",
     "available": "mmtok.auto",
     "card": "mmtok.auto",
+    "families": "mmtok.auto",
+    "check": "mmtok.bench.laws",
 }
-__all__ = ["CheckpointError", "TokenSpec", "Tokenizer", "Tokens", "TokensError", "Vocab", "available", "card", "load"]
+__all__ = [
+    "CheckpointError",
+    "TokenSpec",
+    "Tokenizer",
+    "Tokens",
+    "TokensError",
+    "Vocab",
+    "available",
+    "card",
+    "check",
+    "families",
+    "load",
+]
 
 if TYPE_CHECKING:
-    from mmtok.auto import available, card, load
+    from mmtok.auto import available, card, families, load
+    from mmtok.bench.laws import check
     from mmtok.tokenizer import CheckpointError, Tokenizer
     from mmtok.tokens import Tokens, TokensError, TokenSpec
     from mmtok.vocab import Vocab

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mmtok.cli import demo, doctor, files, show
+from mmtok.cli import check, demo, doctor, files, show
 from mmtok.cli.paths import INPUT_ERRORS, one_line
 
 EPILOG = """\
@@ -17,9 +17,11 @@ start here:
   mmtok decode p.safetensors -o p.png         codes -> photo of the same size
   mmtok encode corpus/ -o tokens/             a whole folder, images and sound; run it again to resume
   mmtok list                                  the tokenizers that are there
+  mmtok check NAME                            does it keep the laws: padding, batching, streaming, sizes ...
   mmtok doctor                                is this installation whole?
 
-exit codes: 0 all well, 1 some files of many failed or doctor found something broken, 2 bad input, 130 interrupted
+exit codes: 0 all well, 1 some files of many failed or doctor or check found something broken, 2 bad input,
+130 interrupted
 """
 
 
@@ -33,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--traceback", action="store_true", help="show the Python traceback of an error (for bug reports)")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, files, show, doctor):
+    for module in (demo, files, show, check, doctor):
         module.add(commands)
     return top
 

@@ -28,32 +28,35 @@ CARD_LICENCE_NAME = re.compile(r"^license_name:\s*(\S.*)$", re.MULTILINE)
 
 
 class Wrapped(Tokenizer, abc.ABC):
-    """A tokenizer whose network is another package's.
+    """A tokenizer whose network is another package's, or your own.
 
     Mitigated (the default), the laws of mmtok hold as far as the network allows. `raw` gives the package's own
     behaviour on the same weights, for measuring it (`mmtok check --raw`).
 
     Attributes:
-        family: the entry of `mmtok list`.
+        family: the entry of `mmtok list`; None for a codec that only a program knows.
         network: the package's model, frozen, in evaluation mode.
         mitigated: whether the laws are enforced.
         licences: of the ``code`` and the ``weights``.
     """
 
-    family: ClassVar[Family]
+    family: ClassVar[Family | None] = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "family" in cls.__dict__:  # a type of its own, so that codes are never taken for those of mmtok's own module
-            cls.type_name = f"wrapper:{cls.family.name}"
+        # A type of its own, so that codes are never taken for those of mmtok's module of the same name.
+        cls.type_name = f"wrapper:{cls.__name__ if cls.family is None else cls.family.name}"
 
     def __init__(self, network: nn.Module, config: dict[str, Any], source: str | Path):
         """``config`` says, with the weights, what the codes mean: it goes into the fingerprint, ``source`` does not."""
         super().__init__(config)
-        self.name = f"{self.family.name}:{Path(source).name}"
+        self.name = Path(source).name if self.family is None else f"{self.family.name}:{Path(source).name}"
         self.network = network.eval().requires_grad_(False)
         self.mitigated = True
-        self.licences = {"code": self.family.code_licence, "weights": weights_licence(self.family, Path(source))}
+        self.licences = {
+            "code": "not stated" if self.family is None else self.family.code_licence,
+            "weights": weights_licence(self.family, Path(source)),
+        }
 
     def raw(self) -> Self:
         """The same network without our mitigations: batches as they are, the package's own defaults and lengths."""
@@ -65,8 +68,8 @@ class Wrapped(Tokenizer, abc.ABC):
         """Always refused: the weights stay in the folder that they were loaded from."""
         del folder, dtype
         raise ValueError(
-            f"{self.name} is another package's tokenizer, which mmtok only reads; keep the folder it was loaded from "
-            f"and load it by mmtok.load('{self.family.name}:FOLDER')"
+            f"{self.name} is another package's tokenizer, which mmtok only reads; keep the weights where they are and "
+            "load them as before"
         )
 
 
@@ -205,7 +208,7 @@ class WrappedGrid(Wrapped, GridTokenizer):
         return self.network_decode(codes, rows, columns)
 
 
-def weights_licence(family: Family, folder: Path) -> str:
+def weights_licence(family: Family | None, folder: Path) -> str:
     """The licence that the folder's model card states, else what is known of the family's published weights."""
     card = folder / "README.md"
     if card.is_file():
@@ -213,6 +216,8 @@ def weights_licence(family: Family, folder: Path) -> str:
         found = CARD_LICENCE_NAME.search(text) or CARD_LICENCE.search(text)
         if found:
             return f"{found[1].strip()} (model card)"
+    if family is None:
+        return "not stated"
     return f"{family.weights_licence} (as published; the folder has no card that says so)"
 
 
