@@ -47,6 +47,7 @@ def test_a_whole_set_has_nothing_broken_and_names_the_missing_extras():
     assert notes == {
         "extra lm": "python -m pip install 'mmtok[lm]'",
         "extra data": "python -m pip install 'mmtok[data]'",
+        "extra codecs": "python -m pip install 'mmtok[codecs]'",
         "extra bench": "python -m pip install 'mmtok[bench]'",
     }
 
