@@ -69,6 +69,16 @@ def first(decoded: Any) -> Tensor:
     return decoded[0]
 
 
+def variety(s: Subject) -> Finding:
+    finding, Q = Finding(), s.tokenizer.spec.num_codebooks
+    codes = torch.cat([s.alone(i).codes[0].cpu() for i in range(len(s.clips))], 1)
+    dull = sum(len(level.unique()) == 1 for level in codes)
+    finding.count(Q if dull == len(codes) else 0, Q, "every code of a level is the same, on every input")
+    if 0 < dull < len(codes):
+        finding.notes.append(f"{dull} of {len(codes)} levels have one code only")
+    return finding
+
+
 def padding(s: Subject) -> Finding:
     finding = Finding()
     for order in (range(len(s.clips)), reversed(range(len(s.clips)))):
@@ -386,6 +396,7 @@ def delay(s: Subject) -> Finding:
 
 
 MEASURES: dict[str, Callable[[Subject], Finding]] = {
+    "variety": variety,
     "padding": padding,
     "batch size": batch_size,
     "batch shape": batch_shape,

@@ -22,6 +22,7 @@ OK, BROKEN, REPORTED, NOT_APPLICABLE = "ok", "broken", "reported", "not applicab
 ONLY_REPORTED = ("dtype", "device", "idempotence", "naive cut")
 
 ABOUT = {
+    "variety": "codes differ between inputs: where they do not, the other laws say nothing",
     "padding": "an item has the codes that it has alone, whatever else is in its batch",
     "batch size": "n items of one shape have the codes of n single ones",
     "batch shape": "an item keeps its codes at any place in batches of other sizes",
@@ -144,7 +145,8 @@ def check(
         "torch": torch.__version__,
     }
     rows = [_judged(name, _measured(name, subject), tolerance) for name in progress(names)]
-    return Report(tokenizer.name, tokenizer.fingerprint, settings, rows)
+    name = tokenizer.name if settings["mitigated"] else f"{tokenizer.name} (raw)"
+    return Report(name, tokenizer.fingerprint, settings, rows)
 
 
 def _measured(name: str, subject: Subject) -> Finding:
