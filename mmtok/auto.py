@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import importlib
+import importlib.metadata
+import importlib.util
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,12 @@ TOKENIZERS = {
     "xcodec": "mmtok.audio.xcodec:XCodec",
 }
 # Other people's tokenizers, as "module:Family"; loaded as "<family>:<folder, repository or setting>".
-FAMILIES: dict[str, str] = {}
+FAMILIES: dict[str, str] = {
+    "mimi": "mmtok.wrappers.mimi:FAMILY",
+    "speechtokenizer": "mmtok.wrappers.speechtokenizer:FAMILY",
+    "wavtokenizer": "mmtok.wrappers.wavtokenizer:FAMILY",
+    "xcodec": "mmtok.wrappers.xcodec:FAMILY",
+}
 HUB_PREFIX = "hf:"
 FILES = ("config.json", "model.safetensors")
 
@@ -54,47 +63,132 @@ def available(pattern: str = "*") -> list[str]:
 
 
 def families(pattern: str = "*") -> dict[str, Family]:
-    """Families of other people's tokenizers, which `load` takes as ``<family>:<source>``; no package is needed yet."""
-    return {n: family(n) for n in sorted(FAMILIES) if fnmatch.fnmatch(n, pattern)}
+    """Families of other people's tokenizers, which `load` takes as ``<family>:<source>``; no package is needed yet.
+
+    Installed packages add their own by an entry point of the group ``mmtok.families``.
+    """
+    return {n: family(n) for n in sorted(_family_homes()) if fnmatch.fnmatch(n, pattern)}
+
+
+def _family_homes() -> dict[str, str]:
+    """Name of each family -> "module:Family"; mmtok's own names cannot be taken by a package."""
+    return {e.name: e.value for e in importlib.metadata.entry_points(group="mmtok.families")} | FAMILIES
 
 
 def family(name: str) -> Family:
     """One entry of `families`. Raises KeyError when there is none."""
-    module, _, entry = FAMILIES[name].partition(":")
+    module, _, entry = _family_homes()[name].partition(":")
     return getattr(importlib.import_module(module), entry)
 
 
 def card(name: str) -> dict[str, Any]:
-    """What is known of a shipped tokenizer or a checkpoint folder: spec, bits, parameters, size, model card.
+    """What is known of a tokenizer, as plain values.
+
+    * A shipped name or a checkpoint folder: spec, bits, size, taxonomy, model card; nothing is loaded. ``about`` is
+      what the checkpoint says of its training; where it says nothing, the taxonomy is that of the published system.
+    * ``<family>:<source>``: that tokenizer is loaded; spec, licences, package, the family's taxonomy, timing of sound.
+    * A family: how to install it, what stands after the colon, licences, taxonomy of its published models.
 
     Raises:
-        ValueError: unknown name. CheckpointError: damaged folder.
+        ValueError: unknown name. CheckpointError: damaged folder. ImportError: the family's package is not installed.
     """
+    prefix, colon, _ = str(name).partition(":")
+    if prefix in _family_homes() and (colon or not Path(name).is_dir()):
+        return _source_card(name, family(prefix)) if colon else family_card(family(prefix))
     folder = _folder(name)
     config = _read_config(folder)
     spec = TokenSpec.from_dict(config["spec"])
     readme = folder / "README.md"
     weights = folder / "model.safetensors"
-    result: dict[str, Any] = {
+    return {
         "name": spec.name,
         "type": config["type"],
+        **_spec_facts(spec),
+        "config": config["config"],
+        "about": config["about"],
+        "taxonomy": _taxonomy_cells(folder, config, spec),
+        "folder": str(folder),
+        "checkpoint_bytes": weights.stat().st_size if weights.is_file() else None,
+        "readme": readme.read_text() if readme.is_file() else "",
+    }
+
+
+def family_card(entry: Family) -> dict[str, Any]:
+    """The card of a family of other people's tokenizers; its package is looked for, not imported."""
+    return {
+        "name": entry.name,
+        "family": True,
+        "title": entry.title,
+        "modality": entry.modality,
+        "source": entry.source,
+        "example": entry.example,
+        "package": entry.package,
+        "installed": installed_version(entry.package),
+        "install": entry.install,
+        "licences": {"code": entry.code_licence, "weights": entry.weights_licence},
+        "taxonomy": entry.taxonomy.cells(),
+    }
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a distribution, module or program; ``yes`` where it is there without one, None where it is not.
+
+    Nothing is imported.
+    """
+    try:
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        module = package.partition(".")[0]
+        if not module.isidentifier() or importlib.util.find_spec(module) is None:
+            return "yes" if shutil.which(package) else None
+        names = importlib.metadata.packages_distributions().get(module)
+        return importlib.metadata.version(names[0]) if names else "yes"
+
+
+def _source_card(name: str, entry: Family) -> dict[str, Any]:
+    tokenizer: Any = load(name)
+    known = family_card(entry)
+    facts = {
+        "name": name,
+        "type": tokenizer.type_name,
+        "of_family": entry.name,
+        **_spec_facts(tokenizer.spec),
+        "config": tokenizer.config,
+        "package": entry.package,
+        "installed": known["installed"],
+        "licences": getattr(tokenizer, "licences", known["licences"]),  # a folder's model card overrules the family
+        "taxonomy": known["taxonomy"],
+    }
+    return facts | ({"timing": tokenizer.timing()} if entry.modality == "audio" else {})
+
+
+def _spec_facts(spec: TokenSpec) -> dict[str, Any]:
+    facts: dict[str, Any] = {
         "modality": spec.modality,
         "codebook_sizes": list(spec.codebook_sizes),
         "num_codebooks": spec.num_codebooks,
         "bits_per_position": spec.bits_per_position,
         "conditions": list(spec.conditions),
         "fingerprint": spec.fingerprint,
-        "config": config["config"],
-        "folder": str(folder),
-        "checkpoint_bytes": weights.stat().st_size if weights.is_file() else None,
-        "readme": readme.read_text() if readme.is_file() else "",
     }
-    if spec.num_tokens is not None:
-        bits = spec.bits_per_position * spec.num_tokens
-        result |= {"num_tokens": spec.num_tokens, "bits_per_image": bits, "bytes_per_image": bits / 8}
-    else:
-        result |= {"frame_rate": spec.frame_rate, "bitrate_bps": spec.bitrate_bps}
-    return result
+    if spec.num_tokens is None:
+        return facts | {"frame_rate": spec.frame_rate, "bitrate_bps": spec.bitrate_bps}
+    bits = spec.bits_per_position * spec.num_tokens
+    return facts | {"num_tokens": spec.num_tokens, "bits_per_image": bits, "bytes_per_image": bits / 8}
+
+
+def _taxonomy_cells(folder: Path, config: dict[str, Any], spec: TokenSpec) -> dict[str, str] | None:
+    """The columns of a checkpoint; None for a type that is not known or says nothing."""
+    module, _, class_name = TOKENIZERS.get(config["type"], "").partition(":")
+    if not module:
+        return None
+    try:
+        found = getattr(importlib.import_module(module), class_name).taxonomy(config["config"], spec)
+        return None if found is None else dataclasses.replace(found, **config["about"]).cells()
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(
+            f"{folder}/config.json: config or about do not fit {class_name} ({e!r}); restore the file"
+        ) from e
 
 
 def load(name: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -111,7 +205,7 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
         ImportError: the package of a family is not installed.
     """
     prefix, colon, source = str(name).partition(":")
-    if colon and prefix in FAMILIES:
+    if colon and prefix in _family_homes():
         return family(prefix).open(source).to(device).eval()
     folder = _folder(name)
     config = _read_config(folder)
@@ -167,7 +261,7 @@ def _folder(name: str | Path) -> Path:
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
         f"unknown tokenizer {text!r}: {hint}expected one of {available()}, a checkpoint folder, hf:org/repo, or a "
-        f"family and its source, such as encodec:FOLDER ({', '.join(sorted(FAMILIES))})"
+        f"family and its source, such as encodec:FOLDER ({', '.join(sorted(_family_homes()))})"
     )
 
 

@@ -68,8 +68,9 @@ class Taxonomy:
     order: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "objective", tuple(self.objective))
-        object.__setattr__(self, "auxiliary", tuple(self.auxiliary))
+        for field, order in (("objective", OBJECTIVES), ("auxiliary", AUXILIARIES)):
+            words = sorted(getattr(self, field), key=lambda w: (*order, w).index(w))  # one spelling of one fact
+            object.__setattr__(self, field, tuple(words))
         sides = self.architecture.split("/")
         if len(sides) != 2:
             raise ValueError(f"architecture: expected encoder/decoder, got {self.architecture!r}")

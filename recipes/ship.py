@@ -102,6 +102,16 @@ PROTOCOLS = {  # what each is scored on, see the header
     "image-dynamic-49x10": "captioned",
     "image-bridge-f8-16x6": "crops",
 }
+ABOUT: dict[str, dict[str, Any]] = {  # how each was trained: columns of `mmtok list` that its config does not decide
+    "image-binary1d-64x64": {"objective": ["Rec", "Ent"], "auxiliary": [], "domain": "ND"},
+    "audio-causal-16k-4kbps": {"objective": ["Rec", "VQ"], "auxiliary": [], "domain": "S"},
+    "audio-codec-16k-4kbps": {"objective": ["Rec", "VQ"], "auxiliary": [], "domain": "S"},
+    "audio-xcodec-16k-4kbps": {"objective": ["Rec", "VQ"], "auxiliary": ["SD"], "domain": "S"},
+    "image-textok-64px-16x10": {"objective": ["Rec", "VQ"], "auxiliary": ["TC"], "domain": "ND"},
+    "image-causal1d-16x8": {"objective": ["Rec", "VQ", "Con"], "auxiliary": ["SD"], "domain": "ND"},
+    "image-dynamic-49x10": {"objective": ["Rec", "VQ"], "auxiliary": ["SD"], "domain": "ND"},
+    "image-bridge-f8-16x6": {"objective": ["Rec", "KL"], "auxiliary": [], "domain": "ND"},
+}
 SETS = {"captioned": "captioned pictures, 64 px", "crops": "64 px crops of photographs"}
 SMALL = 64
 
@@ -418,7 +428,7 @@ def main() -> None:
         tokenizer.calibrate([batches(i)["x"] for i in range(64)])
     if isinstance(tokenizer, XCodec):
         tokenizer = tokenizer.without_semantic_decoder()
-    tokenizer.name = args.name
+    tokenizer.name, tokenizer.about = args.name, ABOUT[args.name]
     tokenizer.save(folder, dtype=getattr(torch, args.dtype))
     write_golden(folder)
     result = score(args.name, args.data)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from mmtok.audio.pieces import PiecewiseCodec
 from mmtok.audio.stream import StreamingTokenizer
+from mmtok.catalogue import Taxonomy
 from mmtok.layers.conv1d import Past, zero_past
 from mmtok.layers.receptive import positions_read
 from mmtok.layers.seanet import Decoder, Encoder
 from mmtok.layers.spectrum import Spectrum
 from mmtok.quantizers.rvq import ResidualVectorQuantizer
 from mmtok.tokenizer import Reconstruction
+from mmtok.tokens import TokenSpec
 
 
 class AudioCodec(PiecewiseCodec, StreamingTokenizer):
@@ -99,6 +101,22 @@ class AudioCodec(PiecewiseCodec, StreamingTokenizer):
         self.streams, self.stream_frames = causal, self.chunk_frames
         edge = 0 if self.spectrum is None else self.spectrum.edge
         self.encode_lookahead = self.decode_lookahead = edge
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """Trained as DAC was, unless a checkpoint says otherwise."""
+        return Taxonomy(
+            architecture="CNN/CNN",
+            input="T-F" if config.get("front") == "stft" else "T",
+            quantization="RVQ",
+            bitrate="F",
+            objective=("GAN", "Feat", "Rec", "VQ"),
+            auxiliary=(),
+            joint=True,
+            domain="SMA",
+            rate=f"{spec.frame_rate:g}",
+            streamable=bool(config.get("causal")),
+        )
 
     def _fields(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """How many samples before and past its own hop a frame's codes depend on; and on how many frames before and

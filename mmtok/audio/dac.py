@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmtok.audio.pieces import PiecewiseCodec, receptive_frames
+from mmtok.catalogue import Taxonomy
 from mmtok.layers.conv1d import Past, zero_past
 from mmtok.layers.seanet import Decoder, Encoder
 from mmtok.quantizers.rvq import ResidualVectorQuantizer
 from mmtok.tokenizer import Reconstruction
+from mmtok.tokens import TokenSpec
 
 DILATIONS, KERNEL_SIZE = (1, 3, 9), 7
 
@@ -141,6 +143,23 @@ class DAC(PiecewiseCodec):
         self.margin = receptive_frames(strides, DILATIONS, KERNEL_SIZE)
         self.align = align
         self.delay_samples = 0 if align else -self.decoder.missing
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """The survey's row of DAC."""
+        del config
+        return Taxonomy(
+            architecture="CNN/CNN",
+            input="T",
+            quantization="RVQ",
+            bitrate="F",
+            objective=("GAN", "Feat", "Rec", "VQ"),
+            auxiliary=(),
+            joint=True,
+            domain="SMA",
+            rate=f"{spec.frame_rate:g}",
+            streamable=False,
+        )
 
     def latent(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, 1, L), L a multiple of the hop, valid up to ``lengths`` (B,) samples -> z (B, T, D)."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mmtok.audio.pieces import pieces
 from mmtok.audio.stream import StreamingTokenizer
+from mmtok.catalogue import Taxonomy
 from mmtok.layers.conv1d import Past
 from mmtok.layers.seanet_lstm import LstmDecoder, LstmEncoder, SEANetShape
 from mmtok.quantizers.rvq import ResidualVectorQuantizer
@@ -98,6 +99,24 @@ class EnCodec(StreamingTokenizer):
         )
         self.decoder = LstmDecoder(1, latent_dim, self_shape)
         self.streams = self_shape.ends_stay_apart and self.lead == 1
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """The survey's row of EnCodec, but for the LSTM of the decoder, which it leaves out."""
+        shape = SEANetShape(**(config.get("shape") or {}))
+        side = "CNN+RNN" if shape.lstm_layers else "CNN"
+        return Taxonomy(
+            architecture=f"{side}/{side}",
+            input="T",
+            quantization="RVQ",
+            bitrate="F",
+            objective=("GAN", "Feat", "Rec", "VQ"),
+            auxiliary=(),
+            joint=True,
+            domain="SMA",
+            rate=f"{spec.frame_rate:g}",
+            streamable=shape.ends_stay_apart,
+        )
 
     def base_spec(self) -> TokenSpec:
         rate = self.sample_rate / self.hop_length

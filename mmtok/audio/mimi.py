@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmtok.audio.stream import StreamingTokenizer
+from mmtok.catalogue import Taxonomy
 from mmtok.layers.conv1d import Past
 from mmtok.layers.seanet_elu import EluDecoder, EluEncoder, FrameDown, FrameUp
 from mmtok.layers.stream_transformer import StreamTransformer
@@ -96,6 +97,23 @@ class Mimi(StreamingTokenizer):
         self.decoder_transformer = StreamTransformer(*shape)
         self.decoder = EluDecoder(width, strides[::-1], dim)
         self.semantic_head = None if semantic_dim is None else nn.Linear(dim, semantic_dim)
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """The survey's row of Mimi."""
+        del config
+        return Taxonomy(
+            architecture="CNN+T/CNN+T",
+            input="T",
+            quantization="RVQ",
+            bitrate="F",
+            objective=("GAN", "Feat", "Rec", "VQ"),
+            auxiliary=("SD",),
+            joint=True,
+            domain="S",
+            rate=f"{spec.frame_rate:g}",
+            streamable=True,
+        )
 
     def base_spec(self) -> TokenSpec:
         rate = self.sample_rate / self.hop_length

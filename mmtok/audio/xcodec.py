@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from mmtok.audio.pieces import PiecewiseCodec, receptive_frames
+from mmtok.catalogue import Taxonomy
 from mmtok.layers.conv1d import zero_past
 from mmtok.layers.seanet import Decoder, Encoder
 from mmtok.layers.semantic_conv import SemanticDecoder, SemanticEncoder, SemanticShape
 from mmtok.layers.spectrum import Spectrum
 from mmtok.layers.speech import GivenTeacher, SpeechEncoder, build_speech
-from mmtok.quantizers import build_quantizer
+from mmtok.quantizers import build_quantizer, taxonomy_of
 from mmtok.quantizers.base import masked_mean
 from mmtok.tokenizer import Reconstruction
+from mmtok.tokens import TokenSpec
 
 # How the residual quantizer learns: as the authors released it, and without its faults (see quantizers/rvq_legacy.py).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -142,6 +144,24 @@ class XCodec(PiecewiseCodec):
         self.to_semantic = None
         if self.teacher is not None and semantic_decoder:
             self.to_semantic = nn.Linear(dim, self.teacher.dim)
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """The survey's row of X-Codec, with what it leaves out: the teacher's transformer, and feature matching."""
+        teacher = config.get("semantic") or {}
+        word, losses = taxonomy_of(config.get("quantizer") or quantizer_preset("fixed"))
+        return Taxonomy(
+            architecture="CNN/CNN" if teacher.get("type", "given") == "given" else "CNN+T/CNN",
+            input="T-F" if config.get("front") == "stft" else "T",
+            quantization=word,
+            bitrate="F",
+            objective=("GAN", "Feat", "Rec", *losses),
+            auxiliary=("SD",) if teacher else (),
+            joint=True,
+            domain="SMA",
+            rate=f"{spec.frame_rate:g}",
+            streamable=False,
+        )
 
     def use_teacher(self, teacher: nn.Module) -> None:
         """Bring the teacher of a codec with ``semantic={"type": "given", "dim": D}``: a frozen module that takes sound

@@ -40,7 +40,7 @@ EXTRAS = {
     "audio-metrics": ("pesq", "pystoi"),
     "lm": ("transformers", "tokenizers"),
     "data": ("av",),
-    "codecs": ("transformers", "diffusers", "snac", "speechtokenizer", "beartype", "pycodec2"),
+    "codecs": ("transformers", "diffusers", "snac", "speechtokenizer", "pycodec2"),
     "bench": ("vector-quantize-pytorch", "transformers", "faiss-cpu", "matplotlib"),
 }
 TESTED = {"torch": "2.11.0", "torchvision": "0.26.0", "torchaudio": "2.11.0"}

@@ -38,7 +38,7 @@ def folder_of(source: str, files: Sequence[str]) -> Path:
         ValueError: neither; a source that looks like a path is never looked up on the hub.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         return path
     if path.is_file():
         raise ValueError(f"{source} is a file; expected the folder that holds {', '.join(files)}")

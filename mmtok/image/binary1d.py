@@ -14,11 +14,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmtok.catalogue import Taxonomy
 from mmtok.layers.resize import RESIZE, grid_positions, grid_sines
 from mmtok.layers.tail_drop import tail_mask
 from mmtok.layers.text import TextFeatures
 from mmtok.layers.transformer import Block, RMSNorm, rope_tables
-from mmtok.quantizers import build_quantizer
+from mmtok.quantizers import build_quantizer, taxonomy_of
 from mmtok.tokenizer import ImageTokenizer, Reconstruction
 from mmtok.tokens import TokenSpec
 
@@ -161,6 +162,23 @@ class Binary1D(ImageTokenizer):
         self.decoder = Stack(decoder, *shared, resize=up(dec_dim), factor=2)
         self.decoder_norm = RMSNorm(dec_dim)
         self.to_pixel = nn.Linear(dec_dim, 3 * patch_size**2)
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """Trained as Instella-T2I's autoencoder was, unless a checkpoint says otherwise."""
+        word, losses = taxonomy_of({"type": "binary", **(config.get("quantizer") or {})})
+        return Taxonomy(
+            architecture="T/T",
+            input="P",
+            quantization=word,
+            bitrate="F",
+            objective=("GAN", "Rec", *losses, "Perc"),
+            auxiliary=(),
+            joint=True,
+            domain="ND",
+            rate=str(spec.num_tokens),
+            order="1D",
+        )
 
     def base_spec(self) -> TokenSpec:
         return TokenSpec(self.type_name, "image", self.quantizer.codebook_sizes, num_tokens=self.num_tokens)

@@ -8,11 +8,13 @@ model predicts the D codes of a position by a small head of its own: `dimension_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmtok.catalogue import Taxonomy
 from mmtok.image.raster2d import LatentGrid
 from mmtok.layers.conv2d import ConvDecoder, ConvEncoder, ConvShape, edge_pad
 from mmtok.quantizers.base import Quantized, masked_mean
@@ -20,6 +22,7 @@ from mmtok.quantizers.frozen import RowSample
 from mmtok.quantizers.per_dimension import PerDimensionQuantizer
 from mmtok.quantizers.sync import gather_rows
 from mmtok.tokenizer import Reconstruction, evaluation
+from mmtok.tokens import TokenSpec
 
 POSTERIORS = ("mode", "sample")
 CALIBRATIONS = ("scale", "standardise", "fit")
@@ -107,6 +110,23 @@ class Bridge(LatentGrid):
         self.quantizer = PerDimensionQuantizer(latent_dim, bits, *ranges)
         self.from_latent = nn.Linear(latent_dim, latent_dim)
         self.decoder = ConvDecoder(shape, latent_dim)
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """Trained as KL-16 was, unless a checkpoint says otherwise; the quantizer comes after the training."""
+        del config
+        return Taxonomy(
+            architecture="CNN/CNN",
+            input="P",
+            quantization="PDQ",
+            bitrate="F",
+            objective=("GAN", "Rec", "Perc", "KL"),
+            auxiliary=(),
+            joint=False,
+            domain="N",
+            rate=f"up to {spec.num_tokens}",
+            order="2D",
+        )
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [0, 1], whole cells -> mean and log-variance of the posterior, each (B, T, D), not scaled."""

@@ -16,13 +16,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmtok.catalogue import Taxonomy
 from mmtok.image.semantic_head import build_head
 from mmtok.layers.qformer import QFormer
 from mmtok.layers.tail_drop import check_tail_drop, tail_mask
 from mmtok.layers.text import TextFeatures, build_text_encoder
 from mmtok.layers.vision import build_vision
 from mmtok.layers.vit import ViT, ViTBlock
-from mmtok.quantizers import Codebook, build_quantizer
+from mmtok.quantizers import Codebook, build_quantizer, taxonomy_of
 from mmtok.quantizers.sync import gather_rows, world_size
 from mmtok.tokenizer import ImageTokenizer, Reconstruction
 from mmtok.tokens import TokenSpec
@@ -177,6 +178,24 @@ class Causal1D(ImageTokenizer):
             self.text_dim = D if self.qformer.text_vocab else contrastive["text_dim"]
             self.text_proj = nn.Linear(self.text_dim, contrastive["dim"])
             self.temperature = nn.Parameter(torch.tensor(0.07))
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """Trained as SEED was, in two stages and to give back features, unless a checkpoint says otherwise."""
+        word, losses = taxonomy_of(config["quantizer"])
+        left_to_right = config.get("causal", True) or config.get("tail_drop", "none") != "none"
+        return Taxonomy(
+            architecture="Q/T",
+            input="F",
+            quantization=word,
+            bitrate="F",
+            objective=("Rec", *losses, "Con"),
+            auxiliary=("SD",),
+            joint=False,
+            domain="ND",
+            rate=str(spec.num_tokens),
+            order="1D causal" if left_to_right else "1D",
+        )
 
     def base_spec(self) -> TokenSpec:
         sizes, strides = self.quantizer.codebook_sizes, self.quantizer.level_strides

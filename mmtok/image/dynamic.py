@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmtok.catalogue import Taxonomy
 from mmtok.layers.tail_drop import check_tail_drop, tail_mask
 from mmtok.layers.text import TextFeatures
 from mmtok.layers.token_merger import (
@@ -27,7 +28,7 @@ from mmtok.layers.token_merger import (
     small_start,
 )
 from mmtok.layers.vision import build_vision
-from mmtok.quantizers import build_quantizer
+from mmtok.quantizers import build_quantizer, taxonomy_of
 from mmtok.quantizers.base import Quantized
 from mmtok.tokenizer import ImageTokenizer, Reconstruction
 from mmtok.tokens import TokenSpec
@@ -227,6 +228,24 @@ class Dynamic(ImageTokenizer):
             self.pixel_decoder = PixelDecoder(D, self.num_tokens, **sizes, mlp_ratio=mlp_ratio)
             self.pixel_gradient, self.image_size = config["pixels"]["gradient"], sizes["image_size"]
         self.default_size = self.image_size
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """Trained as LaVIT's was, to give back features, unless a checkpoint says otherwise."""
+        word, losses = taxonomy_of(config["quantizer"])
+        chosen, pixels = config.get("keep_ratio", 1 / 3) < 1, config.get("pixels") or {}
+        return Taxonomy(
+            architecture="T/T",
+            input="F",
+            quantization=word,
+            bitrate="A" if chosen else "F",
+            objective=("Rec", *losses),
+            auxiliary=("SD",),
+            joint=bool(pixels.get("gradient")),
+            domain="ND",
+            rate=f"up to {spec.num_tokens}" if chosen else str(spec.num_tokens),
+            order="2D",
+        )
 
     def base_spec(self) -> TokenSpec:
         return TokenSpec(self.type_name, "image", self.quantizer.codebook_sizes, num_tokens=self.num_tokens)

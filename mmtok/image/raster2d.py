@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmtok.catalogue import Taxonomy
 from mmtok.grid import GridTokenizer
 from mmtok.layers.conv2d import ConvDecoder, ConvEncoder, ConvShape, edge_pad
-from mmtok.quantizers import Quantizer, build_quantizer
+from mmtok.quantizers import Quantizer, build_quantizer, taxonomy_of
 from mmtok.tokenizer import Reconstruction
+from mmtok.tokens import TokenSpec
 
 PIXELS = ("signed", "unit")
 
@@ -125,6 +127,23 @@ class Raster2D(LatentGrid):
         self.to_quantizer = nn.Identity() if latent_dim is None else nn.Linear(channels, dim)
         self.from_quantizer = nn.Identity() if latent_dim is None else nn.Linear(dim, channels)
         self.decoder = ConvDecoder(shape, channels)
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """Trained as VQGAN was, unless a checkpoint says otherwise."""
+        word, losses = taxonomy_of(config["quantizer"])
+        return Taxonomy(
+            architecture="CNN/CNN",
+            input="P",
+            quantization=word,
+            bitrate="F",
+            objective=("GAN", "Rec", *losses, "Perc"),
+            auxiliary=(),
+            joint=True,
+            domain="N",
+            rate=f"up to {spec.num_tokens}",
+            order="2D",
+        )
 
     def latent(self, x: Tensor) -> Tensor:
         return self.to_quantizer(self.encoder(x * 2 - 1 if self.pixel_range == "signed" else x))

@@ -14,12 +14,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmtok.catalogue import Taxonomy
 from mmtok.layers.conv2d import edge_pad
 from mmtok.layers.resize import grid_sines
 from mmtok.layers.tail_drop import check_tail_drop, tail_mask
 from mmtok.layers.text import TextFeatures, text_in_training
 from mmtok.layers.vit import TextTokens, ViT, grid_embedding, key_mask_with_text
-from mmtok.quantizers import build_quantizer
+from mmtok.quantizers import build_quantizer, taxonomy_of
 from mmtok.quantizers.base import Quantized
 from mmtok.tokenizer import ImageTokenizer, Reconstruction
 from mmtok.tokens import TokenSpec
@@ -129,6 +130,25 @@ class TexTok(ImageTokenizer):
         self.decoder_text = text_tokens("decoder" in text_in, dec_dim, text_shape)
         self.decoder = ViT(*decoder, mlp_ratio=mlp_ratio)
         self.to_pixel = nn.Linear(dec_dim, 3 * patch_size**2)
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """Trained as TexTok was, unless a checkpoint says otherwise; the quantizer may come after the training."""
+        word, losses = taxonomy_of(config["quantizer"])
+        after = config.get("continuous", False)
+        prefix = config.get("tail_drop", "none") != "none"  # then a few first tokens are a picture by themselves
+        return Taxonomy(
+            architecture="T/T",
+            input="P",
+            quantization=word,
+            bitrate="F",
+            objective=("GAN", "Rec", *(() if after else losses), "Perc"),
+            auxiliary=("TC",) if config.get("text_in", PLACES) else (),
+            joint=not after,
+            domain="N",
+            rate=str(spec.num_tokens),
+            order="1D causal" if prefix else "1D",
+        )
 
     def base_spec(self) -> TokenSpec:
         if self.quantizer is None:

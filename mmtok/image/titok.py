@@ -16,13 +16,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmtok.catalogue import Taxonomy
 from mmtok.image.pixel_teacher import PixelTeacher
 from mmtok.image.raster2d import MASKGIT_VQ
 from mmtok.layers.conv2d import edge_pad
 from mmtok.layers.tail_drop import check_tail_drop, tail_mask
 from mmtok.layers.text import TextFeatures, text_in_training
 from mmtok.layers.vit import TextTokens, ViT, grid_embedding, key_mask_with_text
-from mmtok.quantizers import build_quantizer
+from mmtok.quantizers import build_quantizer, taxonomy_of
 from mmtok.quantizers.base import Quantized
 from mmtok.tokenizer import ImageTokenizer, Reconstruction
 from mmtok.tokens import TokenSpec
@@ -283,6 +284,25 @@ class TiTok(ImageTokenizer):
             for module in (self.encoder, self.quantizer) if self.stage == 2 else (self.teacher,):
                 module.eval()
         return self
+
+    @classmethod
+    def taxonomy(cls, config: Mapping[str, Any], spec: TokenSpec) -> Taxonomy:
+        """Trained as TiTok was, or TA-TiTok if it reads text, unless a checkpoint says otherwise."""
+        word, losses = taxonomy_of(config["quantizer"])
+        text, stages = config.get("text_encoder") is not None, config.get("teacher") is not None
+        prefix = config.get("tail_drop", "none") != "none"  # then a few first tokens are a picture by themselves
+        return Taxonomy(
+            architecture="T/T",
+            input="P",
+            quantization=word,
+            bitrate="F",
+            objective=("GAN", "Rec", *losses, "Perc"),
+            auxiliary=("TC",) if text else (),
+            joint=not stages,  # in the second stage the decoder alone learns
+            domain="ND" if text else "N",
+            rate=str(spec.num_tokens),
+            order="1D causal" if prefix else "1D",
+        )
 
     def base_spec(self) -> TokenSpec:
         conditions = () if self.decoder.text is None else ("text",)

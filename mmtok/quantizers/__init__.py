@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mmtok.quantizers.base import Quantized, Quantizer
 from mmtok.quantizers.binary import BinaryQuantizer, BinarySphericalQuantizer, LookupFreeQuantizer
 from mmtok.quantizers.codebook import Codebook
@@ -35,6 +38,24 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "pq": ProductQuantizer,
     "per_dimension": PerDimensionQuantizer,
 }
+# Each type's word in the survey's column of quantizers (`mmtok.catalogue`), and of objectives.
+TAXONOMY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "vq": ("SVQ", ("VQ",)),
+    "rvq": ("RVQ", ("VQ",)),
+    "rvq_legacy": ("RVQ", ("VQ",)),
+    "grouped_rvq": ("GVQ", ("VQ",)),
+    "split_rvq": ("RVQ", ("VQ",)),
+    "strided_rvq": ("MSRVQ", ("VQ",)),
+    "fsq": ("FSQ", ()),
+    "binary": ("BQ", ("VQ", "Ent")),
+    "rfsq": ("RVQ+FSQ", ()),
+    "lfq": ("BQ", ("VQ", "Ent")),
+    "bsq": ("BQ", ("VQ", "Ent")),
+    "simvq": ("SVQ", ("VQ",)),
+    "random_projection": ("PQ", ()),  # as the survey has BEST-RQ
+    "pq": ("PQ", ("VQ",)),
+    "per_dimension": ("PDQ", ()),
+}
 
 
 def build_quantizer(config: dict) -> Quantizer:
@@ -53,8 +74,30 @@ def build_quantizer(config: dict) -> Quantizer:
         raise ValueError(f"cannot build quantizer {name!r} from {sorted(arguments)}: {e}") from e
 
 
+def taxonomy_of(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The words of a quantizer's config for `mmtok.catalogue.Taxonomy`: its quantization, and what it minimises.
+
+    A binary quantizer has the terms that its weights leave: a pull to the bits (``VQ``) and an entropy (``Ent``).
+
+    Raises:
+        ValueError: unknown type.
+    """
+    name = config.get("type")
+    if name not in TAXONOMY:
+        raise ValueError(f"type: expected one of {', '.join(TAXONOMY)}, got {name!r}")
+    word, losses = TAXONOMY[name]
+    if word == "BQ":
+        entropy = config.get("entropy_weight")
+        if entropy is None:  # of `BinaryQuantizer`: the scheme of Instella-T2I has no entropy, the others have
+            entropy = float(name != "binary" or config.get("kind", "bernoulli") != "bernoulli")
+        weights = {"VQ": config.get("commitment_weight", 0.25), "Ent": entropy}
+        losses = tuple(loss for loss in losses if weights[loss] > 0)
+    return word, losses
+
+
 __all__ = [
     "QUANTIZERS",
+    "TAXONOMY",
     "BinaryQuantizer",
     "BinarySphericalQuantizer",
     "Codebook",
@@ -74,4 +117,5 @@ __all__ = [
     "StridedResidualVectorQuantizer",
     "VectorQuantizer",
     "build_quantizer",
+    "taxonomy_of",
 ]

@@ -50,7 +50,8 @@ class Wrapped(Tokenizer, abc.ABC):
     def __init__(self, network: nn.Module, config: dict[str, Any], source: str | Path):
         """``config`` says, with the weights, what the codes mean: it goes into the fingerprint, ``source`` does not."""
         super().__init__(config)
-        self.name = Path(source).name if self.family is None else f"{self.family.name}:{Path(source).name}"
+        name = source_name(Path(source))
+        self.name = name if self.family is None else f"{self.family.name}:{name}"
         self.network = network.eval().requires_grad_(False)
         self.mitigated = True
         self.licences = {
@@ -206,6 +207,13 @@ class WrappedGrid(Wrapped, GridTokenizer):
     def grid_pixels(self, codes: Tensor, rows: int, columns: int) -> Tensor:
         codes = F.pad(codes, (0, rows * columns - codes.shape[2], 0, len(self.sizes) - codes.shape[1]))
         return self.network_decode(codes, rows, columns)
+
+
+def source_name(folder: Path) -> str:
+    """A folder's name; that of the repository for a snapshot in the hub's cache, which is named by its commit."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def weights_licence(family: Family | None, folder: Path) -> str:
