@@ -39,10 +39,24 @@ TOKENIZERS = {
 }
 # Other people's tokenizers, as "module:Family"; loaded as "<family>:<folder, repository or setting>".
 FAMILIES: dict[str, str] = {
+    "encodec": "mmtok.wrappers.encodec:FAMILY",
+    "dac": "mmtok.wrappers.dac:FAMILY",
+    "snac": "mmtok.wrappers.snac:FAMILY",
     "mimi": "mmtok.wrappers.mimi:FAMILY",
+    "xcodec": "mmtok.wrappers.xcodec:FAMILY",
+    "xcodec2": "mmtok.wrappers.xcodec2:XCODEC2",
+    "neucodec": "mmtok.wrappers.xcodec2:NEUCODEC",
+    "higgs": "mmtok.wrappers.higgs:FAMILY",
+    "vibevoice": "mmtok.wrappers.continuous:VIBEVOICE",
+    "pockettts": "mmtok.wrappers.continuous:POCKETTTS",
     "speechtokenizer": "mmtok.wrappers.speechtokenizer:FAMILY",
     "wavtokenizer": "mmtok.wrappers.wavtokenizer:FAMILY",
-    "xcodec": "mmtok.wrappers.xcodec:FAMILY",
+    "vqmodel": "mmtok.wrappers.diffusers_vq:FAMILY",
+    "emu3": "mmtok.wrappers.chat_vq:EMU3",
+    "chameleon": "mmtok.wrappers.chat_vq:CHAMELEON",
+    "janus": "mmtok.wrappers.chat_vq:JANUS",
+    "cosmos": "mmtok.wrappers.cosmos:FAMILY",
+    "titok": "mmtok.image.released.titok:TITOK",
 }
 HUB_PREFIX = "hf:"
 FILES = ("config.json", "model.safetensors")
@@ -156,7 +170,7 @@ def _source_card(name: str, entry: Family) -> dict[str, Any]:
         "config": tokenizer.config,
         "package": entry.package,
         "installed": known["installed"],
-        "licences": getattr(tokenizer, "licences", known["licences"]),  # a folder's model card overrules the family
+        "licences": tokenizer.licences or known["licences"],  # a folder's model card overrules the family
         "taxonomy": known["taxonomy"],
     }
     return facts | ({"timing": tokenizer.timing()} if entry.modality == "audio" else {})

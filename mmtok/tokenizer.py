@@ -46,12 +46,14 @@ class Tokenizer(nn.Module):
 
     type_name: ClassVar[str] = ""
     modality: ClassVar[str] = ""
+    encode_only: ClassVar[bool] = False  # its codes are for reading: decode raises a ValueError
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config
         self.name = self.type_name
         self.about: dict[str, Any] = {}  # fields of `Taxonomy` that the training decided; kept in config.json
+        self.licences: dict[str, str] = {}  # of "code" and "weights", where they are another package's
         self._hash: tuple[tuple, str] | None = None
         self._text_encoder: TextEncoder | None = None
 

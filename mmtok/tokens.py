@@ -183,7 +183,10 @@ class Tokens:
 
     @staticmethod
     def concat(parts: Sequence[Tokens]) -> Tokens:
-        """Join batches of one spec along B, padding T with 0 and keeping the side entries that all of them have."""
+        """Join batches of one spec along B, padding T with 0 and keeping the side entries that all of them have.
+
+        Side entries of another width (one number a chunk, say) are padded with 0 too: what counts follows from lengths.
+        """
         if not parts:
             raise TokensError("expected at least one Tokens, got none")
         spec = parts[0].spec
@@ -192,7 +195,7 @@ class Tokens:
         T = max(p.codes.shape[2] for p in parts)
         codes = torch.cat([torch.nn.functional.pad(p.codes, (0, T - p.codes.shape[2])) for p in parts])
         keys = set(parts[0].side).intersection(*(p.side for p in parts))
-        side = {k: torch.cat([p.side[k] for p in parts]) for k in sorted(keys)}
+        side = {k: torch.cat(_of_one_width([p.side[k] for p in parts])) for k in sorted(keys)}
         return Tokens(codes, torch.cat([p.lengths for p in parts]), spec, side)
 
     @staticmethod
@@ -267,6 +270,15 @@ class Tokens:
             reason = str(e) if isinstance(e, TokensError) else repr(e)
             raise TokensError(f"{path}: damaged token file ({reason}); encode the input again") from e
         return tokens
+
+
+def _of_one_width(entries: list[Tensor]) -> list[Tensor]:
+    """Tensors (B, ...) padded with 0 to their largest size on every axis but the first."""
+    if len({tuple(e.shape[1:]) for e in entries}) == 1 or len({e.ndim for e in entries}) > 1:
+        return entries
+    widest = [max(e.shape[axis] for e in entries) for axis in range(1, entries[0].ndim)]
+    pads = [[n for axis in reversed(range(1, e.ndim)) for n in (0, widest[axis - 1] - e.shape[axis])] for e in entries]
+    return [torch.nn.functional.pad(e, pad) for e, pad in zip(entries, pads, strict=True)]
 
 
 def check_range(codes: Tensor, codebook_sizes: Sequence[int], mask: Tensor) -> None:

@@ -170,6 +170,19 @@ def test_concat_pads_and_keeps_common_side_entries():
         Tokens.concat([a, tokens_of(spec_of(fingerprint="g"))])
 
 
+def test_concat_pads_side_entries_of_another_width():
+    a, b = tokens_of(spec_of(), (5,)), tokens_of(spec_of(), (2, 7), seed=1)
+    a.side["scale"], b.side["scale"] = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])
+    both = Tokens.concat([a, b])
+    assert both.side["scale"].tolist() == [[1.0, 2.0], [3.0, 0.0], [4.0, 0.0]]
+    a.side["grid"], b.side["grid"] = torch.ones(1, 2, 1), torch.ones(2, 1, 3)
+    assert Tokens.concat([a, b]).side["grid"].tolist() == [
+        [[1, 0, 0], [1, 0, 0]],
+        [[1, 1, 1], [0, 0, 0]],
+        [[1, 1, 1], [0, 0, 0]],
+    ]
+
+
 def test_malformed_codes_are_refused():
     spec, lengths = spec_of(), torch.tensor([2])
     for codes in (torch.zeros(1, 2, 2), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(1, 2, 2, dtype=torch.int32)):

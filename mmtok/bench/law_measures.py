@@ -186,6 +186,8 @@ def prefix(s: Subject) -> Finding:
     for k in sorted({1, -(-Q // 2), Q}):
         asked = s.encode(s.clips[2], num_codebooks=k)
         finding.codes(asked, full.keep(k), f"{k} of {Q} levels")
+        if tok.encode_only:
+            continue
         y = first(tok.decode(full.keep(k)))
         finding.case(bool(y.isfinite().all()), f"{k} of {Q} levels decode to what is not finite")
     T = int(full.lengths[0])
@@ -222,7 +224,7 @@ def round_trip(s: Subject) -> Finding:
                 finding.case(False, f"{layout}: ids do not come back as tokens")
                 continue
             finding.codes(part, tokens, f"through ids, {layout}")
-            if i == 0 and layout == "flatten":
+            if i == 0 and layout == "flatten" and not tok.encode_only:
                 with same_noise(s):
                     wanted = tok.decode(tokens)
                 with same_noise(s):
@@ -256,8 +258,10 @@ def foreign_ids(s: Subject) -> Finding:
 def determinism(s: Subject) -> Finding:
     finding, tok = Finding(), s.tokenizer
     for i in range(min(SOME, len(s.clips))):
-        tokens = s.alone(i)
+        tokens = s.encode(s.clips[i])  # not `alone`: that may have drawn the very noise that a second try draws here
         finding.codes(s.encode(s.clips[i]), tokens, "encode twice")
+        if tok.encode_only:
+            continue
         one, two = tok.decode(tokens), tok.decode(tokens)
         if not torch.equal(first(one), first(two)):
             one, two = (tok.decode(tokens, generator=torch.Generator().manual_seed(5)) for _ in range(2))
@@ -331,7 +335,8 @@ def odd_sizes(s: Subject) -> Finding:
     for shape in shapes:
         clip = s.noise(*shape) if s.audio else torch.rand(shape, generator=s.generator)
         try:
-            y = first(s.tokenizer.decode(s.encode(clip)))
+            tokens = s.encode(clip)
+            y = clip if s.tokenizer.encode_only else first(s.tokenizer.decode(tokens))
         except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as e:
             finding.case(False, f"{shape}: {one_line(e)}")
             continue
@@ -356,7 +361,8 @@ def extreme_inputs(s: Subject) -> Finding:
         bad |= {"no pixels": torch.zeros(3, 0, 5), "two channels": torch.zeros(2, 9, 9), "nothing": []}
     for name, x in inputs.items():
         try:
-            good = bool(first(s.tokenizer.decode(s.encode(x))).isfinite().all())
+            tokens = s.encode(x)
+            good = s.tokenizer.encode_only or bool(first(s.tokenizer.decode(tokens)).isfinite().all())
         except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as e:
             finding.case(False, f"{name}: {one_line(e)}")
             continue

@@ -21,6 +21,8 @@ from mmtok.tokenizer import Tokenizer
 OK, BROKEN, REPORTED, NOT_APPLICABLE = "ok", "broken", "reported", "not applicable"
 ONLY_REPORTED = ("dtype", "device", "idempotence", "naive cut")
 
+DECODING = ("idempotence", "exact size", "delay", "foreign ids")
+
 ABOUT = {
     "variety": "codes differ between inputs: where they do not, the other laws say nothing",
     "padding": "an item has the codes that it has alone, whatever else is in its batch",
@@ -150,6 +152,8 @@ def check(
 
 
 def _measured(name: str, subject: Subject) -> Finding:
+    if subject.tokenizer.encode_only and name in DECODING:
+        return Finding().skip("it only encodes")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.seed)
         try:

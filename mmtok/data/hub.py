@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from mmtok.catalogue import Family
+
+CARD_LICENCE = re.compile(r"^licen[sc]e:\s*(\S.*)$", re.MULTILINE)
+CARD_LICENCE_NAME = re.compile(r"^license_name:\s*(\S.*)$", re.MULTILINE)
 
 
 def hub_folder(repo: str, files: Sequence[str], prefix: str = "") -> Path:
@@ -45,3 +51,23 @@ def folder_of(source: str, files: Sequence[str]) -> Path:
     if not source or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ValueError(f"no folder at {source!r}; expected a folder, or a hub repository org/repo")
     return hub_folder(source, [*files, "README.md"])
+
+
+def source_name(folder: Path) -> str:
+    """A folder's name; that of the repository for a snapshot in the hub's cache, which is named by its commit."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
+
+
+def weights_licence(family: Family | None, folder: Path) -> str:
+    """The licence that the folder's model card states, else what is known of the family's published weights."""
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(errors="replace")
+        found = CARD_LICENCE_NAME.search(text) or CARD_LICENCE.search(text)
+        if found:
+            return f"{found[1].strip()} (model card)"
+    if family is None:
+        return "not stated"
+    return f"{family.weights_licence} (as published; the folder has no card that says so)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import importlib
-import re
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -16,15 +16,13 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from mmtok.catalogue import Family
-from mmtok.data.hub import folder_of
+from mmtok.data.hub import folder_of, source_name, weights_licence
 from mmtok.grid import GridTokenizer
 from mmtok.layers.conv2d import edge_pad
 from mmtok.layers.receptive import pieces
+from mmtok.layers.text import quiet
 from mmtok.tokenizer import AudioTokenizer, Tokenizer
 from mmtok.tokens import TokenSpec
-
-CARD_LICENCE = re.compile(r"^licen[sc]e:\s*(\S.*)$", re.MULTILINE)
-CARD_LICENCE_NAME = re.compile(r"^license_name:\s*(\S.*)$", re.MULTILINE)
 
 
 class Wrapped(Tokenizer, abc.ABC):
@@ -83,6 +81,9 @@ class WrappedAudio(Wrapped, AudioTokenizer):
     encode_margin, decode_margin: frames on either side that a frame depends on at most, so that long sound can be
         processed in pieces with the same result; None where that is unbounded (recurrence, attention).
     chunk_frames: frames of a piece.
+    batch_limit: clips of one length that the network encodes together. 1 keeps the law that a clip's codes do not
+        depend on its batch to the last code; more is faster on a GPU, and sums in another order may then flip a code
+        that is equally near to two.
 
     Mitigations: clips of different lengths never share a padded batch; all levels unless asked; pieces overlap by the
     receptive field; the delay is undone; the sound has exactly the length that went in.
@@ -94,6 +95,7 @@ class WrappedAudio(Wrapped, AudioTokenizer):
     encode_margin: int | None = None
     decode_margin: int | None = None
     chunk_frames: int = 3000
+    batch_limit: int = 1
 
     def base_spec(self) -> TokenSpec:
         rate = self.sample_rate / self.hop_length
@@ -122,8 +124,8 @@ class WrappedAudio(Wrapped, AudioTokenizer):
         Q = num_codebooks or len(self.codebook_sizes)
         codes = x.new_zeros((len(x), Q, x.shape[-1] // self.hop_length), dtype=torch.int64)
         for length in sorted(set(lengths.tolist())):  # one length at a time: nothing is padded because of another clip
-            rows = (lengths == length).nonzero()[:, 0]
-            codes[rows, :, : length // self.hop_length] = self._encode_alike(x[rows, :, :length], Q)
+            for rows in (lengths == length).nonzero()[:, 0].split(self.batch_limit):
+                codes[rows, :, : length // self.hop_length] = self._encode_alike(x[rows, :, :length], Q)
         return codes
 
     def _encode_alike(self, x: Tensor, num_codebooks: int) -> Tensor:
@@ -209,26 +211,6 @@ class WrappedGrid(Wrapped, GridTokenizer):
         return self.network_decode(codes, rows, columns)
 
 
-def source_name(folder: Path) -> str:
-    """A folder's name; that of the repository for a snapshot in the hub's cache, which is named by its commit."""
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.name
-
-
-def weights_licence(family: Family | None, folder: Path) -> str:
-    """The licence that the folder's model card states, else what is known of the family's published weights."""
-    card = folder / "README.md"
-    if card.is_file():
-        text = card.read_text(errors="replace")
-        found = CARD_LICENCE_NAME.search(text) or CARD_LICENCE.search(text)
-        if found:
-            return f"{found[1].strip()} (model card)"
-    if family is None:
-        return "not stated"
-    return f"{family.weights_licence} (as published; the folder has no card that says so)"
-
-
 def require(package: str, family: Family) -> ModuleType:
     """Import a module of the package that runs ``family``. Raises ImportError naming the command that installs it."""
     try:
@@ -249,9 +231,18 @@ def transformers_model(family: Family, class_name: str, source: str) -> tuple[An
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; expected a folder that transformers' {class_name} has saved")
     try:
-        network, info = cls.from_pretrained(
-            str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
+        found = json.loads((folder / "config.json").read_text())["model_type"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+        reason = f"config.json names no model_type ({e!r}); restore the file"
+        raise ValueError(f"{folder} is no readable folder of transformers' {class_name}: {reason}") from e
+    if found != (wanted := cls.config_class.model_type):
+        reason = f"it holds a model of type {found!r}, expected {wanted!r}; open it as its own family"
+        raise ValueError(f"{folder} is no readable folder of transformers' {class_name}: {reason}")
+    try:
+        with quiet(require("transformers", family)):
+            network, info = cls.from_pretrained(
+                str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as e:  # transformers, safetensors and huggingface_hub raise errors of their own
         reason = " ".join(str(e).split())[:300]
         raise ValueError(f"{folder} is no readable folder of transformers' {class_name}: {reason}") from e

@@ -69,6 +69,8 @@ class PadSeen(Context):
 
 
 class BatchSeen(Plain):
+    batch_limit = 9
+
     def heard(self, x: Tensor) -> Tensor:
         return x + 0.05 * len(x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmtok.image import titok
-from mmtok.image.released.titok import load_titok, published_names
+from mmtok.image.released import titok as released
+from mmtok.image.released.titok import TITOK, load_titok, open_titok, published_names, titok_config
 from mmtok.image.titok import TiTok
 from mmtok.layers.text import TextFeatures
 
@@ -194,3 +196,88 @@ def test_every_tensor_of_the_published_size_has_its_place(name: str):
     assert set(names) == own | {"quantizer.book.codebook"}
     depth = config["decoder"][1] + config["encoder"][1]
     assert sum(".attn.in_proj_weight" in v[0] for v in names.values()) == depth
+
+
+def meta_state(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Published names and shapes of a whole-size tokenizer, without memory."""
+    with torch.device("meta"):
+        tok = TiTok(**config)
+    own, p = tok.state_dict(), config["patch_size"]
+    state = {v[0]: own[k] for k, v in published_names(tok).items() if len(v) == 1}
+    return state | {"encoder.patch_embed.weight": own["encoder.patch.weight"].unflatten(1, (3, p, p))}
+
+
+@pytest.mark.parametrize("name", ["TITOK_L32", "TITOK_B64", "TITOK_S128", "TATITOK_BL32", "TATITOK_BL128"])
+def test_the_shapes_of_published_weights_name_their_config(name: str):
+    config = getattr(titok, name)
+    state = meta_state(config)
+    assert titok_config(state) == config
+    legacy = name.startswith("TITOK")
+    assert titok_config(state, {"use_l2_norm": legacy, "is_legacy": legacy, "codebook_size": 1}) == config
+    assert titok_config(state, {"use_l2_norm": True})["unit_latents"]
+
+
+def write(folder: Path, state: dict[str, Tensor], vq_model: dict[str, Any] | None) -> str:
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    if vq_model is not None:
+        (folder / "config.json").write_text(json.dumps({"experiment": {}, "model": {"vq_model": vq_model}}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("said", [None, {"quantize_mode": "vq", "num_latent_tokens": N}])
+def test_a_folder_opens_as_a_tokenizer_of_mmtok(
+    text: bool, said: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(released, "MASKGIT_VQ", TEACHER)
+    s, shape = published_state(text), (WIDTH, DEPTH, 1)  # of width 64 a head, or one
+    tok = open_titok(write(tmp_path / "small", s, said))
+    encoder = {"type": "clip", "source": "clip-vit-large-patch14-336", "dim": 6, "max_tokens": 7}
+    same = load_titok(
+        s,
+        {**(SMALL_TEXT if text else SMALL), "encoder": shape, "decoder": shape}
+        | ({"text_encoder": encoder} if text else {}),
+    )
+    x = torch.rand(3, 3, 13, 16, generator=torch.Generator().manual_seed(2))
+    found = tok.encode(x)
+    assert torch.equal(found.codes, same.encode(x).codes) and found.codes.shape == (3, 1, N)
+    assert len(found.codes.unique()) > 3 and tok.decode(found).shape == x.shape
+    assert torch.equal(tok.decode(found), same.decode(same.encode(x)))
+    assert type(tok) is TiTok and tok.name == "titok:small" == found.spec.name
+    assert (
+        tok.licences
+        == {"code": "Apache-2.0", "weights": "Apache-2.0 (as published; the folder has no card that says so)"}
+        and TITOK.open is open_titok
+    )
+
+
+def test_folders_that_hold_no_such_tokenizer_are_refused(tmp_path: Path):
+    s, legacy = published_state(True), published_state(False)
+    with pytest.raises(ValueError, match="no folder at"):
+        open_titok(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="expected a file"):
+        open_titok(str(tmp_path))
+    with pytest.raises(ValueError, match=r"expected weights with a codebook .*got vae"):
+        open_titok(write(tmp_path / "a", s, {"quantize_mode": "vae"}))
+    with pytest.raises(ValueError, match="expected weights with a codebook"):
+        titok_config({k: v for k, v in s.items() if not k.startswith("quantize.")})
+    with pytest.raises(ValueError, match=r"missing \['latent_tokens'\]"):
+        titok_config({k: v for k, v in s.items() if k != "latent_tokens"})
+    with pytest.raises(ValueError, match=r"missing \['decoder\.text_guidance_positional_embedding'\]"):
+        titok_config({k: v for k, v in s.items() if "guidance_pos" not in k})
+    with pytest.raises(ValueError, match="of stage 1, without a decoder to pixels"):
+        titok_config({k: v for k, v in legacy.items() if not k.startswith("pixel_")})
+    with pytest.raises(ValueError, match=r"config\.json says is_legacy False, the weights' decoder says True"):
+        titok_config(legacy, {"is_legacy": False})
+    for text, message in (
+        ("{", "damaged"),
+        ("[]", "expected model.vq_model"),
+        ('{"model": 1}', "expected model.vq_model"),
+    ):
+        (tmp_path / "a" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_titok(str(tmp_path / "a"))
+    load_titok(s, SMALL_TEXT).save(tmp_path / "own")
+    with pytest.raises(ValueError, match="is a checkpoint of mmtok; load it by its path"):
+        open_titok(str(tmp_path / "own"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmtok.catalogue import Family, Taxonomy
+from mmtok.data.hub import folder_of, source_name, weights_licence
+from mmtok.image.raster2d import MASKGIT_VQ
 from mmtok.image.released.convolutional import decoder_names
 from mmtok.image.released.renaming import fill, rename, with_bias
-from mmtok.image.titok import TiTok
+from mmtok.image.titok import TATITOK_BL32, TITOK_L32, TiTok
 from mmtok.layers.conv2d import ConvShape
 from mmtok.layers.vision import read_state
 
 FAMILY = "TiTok"
 IGNORED = ("quantize.embed_prob",)  # a statistic of the training of TA-TiTok
 KEPT_4D = "smooth.weight"  # the only convolution whose kernel is one here too
+HEAD_WIDTH = 64  # of every published size: 512 / 8, 768 / 12, 1024 / 16
+WEIGHTS = "model.safetensors"
 
 
 def stack_names(part: str, depth: int) -> dict[str, list[str]]:
@@ -93,3 +100,110 @@ def load_titok(source: str | Path | Mapping[str, Tensor], config: Mapping[str, A
     state = read_state(source) if isinstance(source, (str, Path)) else source
     fill(tokenizer, convert_titok(state, tokenizer), FAMILY)
     return tokenizer.eval()
+
+
+def titok_config(state: Mapping[str, Tensor], said: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config of `TiTok` that published tensors were trained with: TITOK_L32 for those of TiTok-L-32, and so on.
+
+    Sizes are read off the tensors. Whether latents and codes have length 1, they do not show: that is what ``said``
+    says, else as in every publication with such a decoder.
+
+    Args:
+        state: the published tensors.
+        said: ``model.vq_model`` of the published config.json: ``use_l2_norm``, ``is_legacy``, ``quantize_mode``.
+
+    Raises:
+        ValueError: other tensors, continuous latents, weights of the first stage, a config that contradicts them.
+    """
+    said = said or {}
+    if said.get("quantize_mode", "vq") != "vq" or "quantize.embedding.weight" not in state:
+        mode = said.get("quantize_mode", "no codebook")
+        raise ValueError(f"{FAMILY}: expected weights with a codebook (quantize_mode vq), got {mode}; it has no codes")
+    reads_text = "decoder.text_guidance_proj.weight" in state
+    names = ["latent_tokens", "encoder.patch_embed.weight", "encoder.positional_embedding"]
+    names += ["encoder.class_embedding", "decoder.class_embedding"]
+    names += ["decoder.text_guidance_positional_embedding"] if reads_text else []
+    if missing := [n for n in names if n not in state]:
+        raise ValueError(f"{FAMILY}: expected published tensors, missing {missing}; pass the folder of a tokenizer")
+    proxy = "decoder.ffn.2.weight" in state  # predicts codes of MaskGIT-VQ: the first, legacy kind of decoder
+    if proxy and "pixel_quantize.embedding.weight" not in state:
+        raise ValueError(f"{FAMILY}: these weights are of stage 1, without a decoder to pixels; pass those of stage 2")
+    if said.get("is_legacy", proxy) != proxy:
+        raise ValueError(f"{FAMILY}: config.json says is_legacy {not proxy}, the weights' decoder says {proxy}")
+    (K, token_size), patch = state["quantize.embedding.weight"].shape, state[names[1]].shape[-1]
+    base = TITOK_L32 if said.get("use_l2_norm", proxy) else TATITOK_BL32
+    config: dict[str, Any] = {
+        "num_tokens": state["latent_tokens"].shape[0],
+        "token_size": token_size,
+        "patch_size": patch,
+        "encoder": _shape(state, "encoder"),
+        "decoder": _shape(state, "decoder"),
+        "image_size": math.isqrt(state[names[2]].shape[0] - 1) * patch,
+        "quantizer": {**base["quantizer"], "codebook_size": K},
+        "unit_latents": base["unit_latents"],
+    }
+    if proxy:
+        config |= {"legacy_reshape": True, "teacher": dict(MASKGIT_VQ), "stage": 2}
+    if reads_text:
+        dim, length = (state[f"decoder.text_guidance_{x}"].shape for x in ("proj.weight", "positional_embedding"))
+        config["text_encoder"] = {**TATITOK_BL32["text_encoder"], "dim": dim[1], "max_tokens": length[0]}
+    return config
+
+
+def _shape(state: Mapping[str, Tensor], part: str) -> tuple[int, int, int]:
+    """Width, depth and heads of the encoder or decoder."""
+    width = state[f"{part}.class_embedding"].shape[-1]
+    depth = sum(k.startswith(f"{part}.transformer.") and k.endswith(".ln_1.weight") for k in state)
+    return width, depth, max(1, width // HEAD_WIDTH)
+
+
+def open_titok(source: str) -> TiTok:
+    """A folder or hub repository of `PyTorchModelHubMixin`: model.safetensors, and config.json where there is one.
+
+    Raises:
+        ValueError: no such folder, damaged or missing weights, another model's, or mmtok's own checkpoint.
+    """
+    folder = folder_of(source, ("config.json", WEIGHTS))
+    said: Any = {}
+    if (folder / "config.json").is_file():
+        try:
+            said = json.loads((folder / "config.json").read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise ValueError(f"{folder}/config.json is damaged ({e}); restore the file") from e
+        if isinstance(said, dict) and str(said.get("format", "")).startswith("mmtok-"):
+            raise ValueError(f"{folder} is a checkpoint of mmtok; load it by its path: mmtok.load({str(folder)!r})")
+        try:
+            said = said["model"]["vq_model"]
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{folder}/config.json: expected model.vq_model of TiTok's training config") from e
+    state = read_state(folder / WEIGHTS)
+    tokenizer = load_titok(state, titok_config(state, said))
+    tokenizer.name = f"{TITOK.name}:{source_name(folder)}"
+    tokenizer.licences = {"code": TITOK.code_licence, "weights": weights_licence(TITOK, folder)}
+    return tokenizer
+
+
+TITOK = Family(
+    name="titok",
+    title="TiTok and TA-TiTok (which also reads a caption), run by mmtok",
+    modality="image",
+    source="folder or hub repository with config.json and model.safetensors",
+    example="titok:yucornetto/tokenizer_titok_l32_imagenet",
+    package="mmtok",
+    install="pip install mmtok",
+    code_licence="Apache-2.0",
+    weights_licence="Apache-2.0",
+    taxonomy=Taxonomy(
+        architecture="T+Q/T+CNN",
+        input="P",
+        quantization="SVQ",
+        bitrate="F",
+        objective=("GAN", "Perc", "Rec", "VQ"),
+        auxiliary=(),
+        joint=True,
+        domain="N",
+        rate="32, 64 or 128",
+        order="1D",
+    ),
+    open=open_titok,
+)
