@@ -57,6 +57,13 @@ FAMILIES: dict[str, str] = {
     "janus": "mmtok.wrappers.chat_vq:JANUS",
     "cosmos": "mmtok.wrappers.cosmos:FAMILY",
     "titok": "mmtok.image.released.titok:TITOK",
+    "jpeg": "mmtok.wrappers.classical_images:JPEG",
+    "webp": "mmtok.wrappers.classical_images:WEBP",
+    "avif": "mmtok.wrappers.classical_images:AVIF",
+    "jpeg2000": "mmtok.wrappers.classical_images:JPEG2000",
+    "opus": "mmtok.wrappers.classical_audio:OPUS",
+    "mp3": "mmtok.wrappers.classical_audio:MP3_FAMILY",
+    "codec2": "mmtok.wrappers.classical_audio:CODEC2",
 }
 HUB_PREFIX = "hf:"
 FILES = ("config.json", "model.safetensors")

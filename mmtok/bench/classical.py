@@ -2,88 +2,25 @@
 
 What a learned tokenizer reconstructs means little without what ordinary codecs give for the same bytes.
 Every byte of the file counts here, headers included, because that is what is stored or sent; for Opus, whose Ogg pages
-weigh a tenth at 6 kbit/s, the packets alone stand beside the file.
+weigh a tenth at 6 kbit/s, the packets alone stand beside the file. The codecs themselves are in `mmtok.wrappers`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import math
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
-from types import ModuleType
 
-import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mmtok.metrics import METRICS
 from mmtok.metrics.audio import align
 from mmtok.metrics.image import psnr, ssim
+from mmtok.wrappers.classical_images import decode_image, encode_image, image_codec
+from mmtok.wrappers.classical_streams import decode_opus, encode_opus
 
-OPUS_RATES = (8000, 12000, 16000, 24000, 48000)  # Hz, what libopus takes
-OPUS_FRAMES_MS = (20, 40, 60, 80, 100, 120)
+ROW_CODECS = ("jpeg", "webp", "avif")
 _OPUS_SCORES = ("pesq_wb", "stoi", "si_sdr_aligned")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageCodec:
-    """How Pillow writes one format: its name there, the quality scale, and options for the smallest file."""
-
-    pillow_format: str
-    pillow_feature: str
-    qualities: tuple[int, int]
-    options: dict[str, object]
-
-
-# Quality 0 is 1 to libjpeg, so its scale starts there, and Pillow advises against more than 95.
-IMAGE_CODECS: dict[str, ImageCodec] = {
-    "jpeg": ImageCodec("JPEG", "jpg", (1, 95), {"optimize": True, "subsampling": "4:2:0"}),
-    "webp": ImageCodec("WEBP", "webp", (0, 100), {"method": 6}),
-    "avif": ImageCodec("AVIF", "avif", (0, 100), {"speed": 6, "subsampling": "4:2:0"}),
-}
-
-
-def encode_image(image: Tensor, codec: str, quality: int) -> bytes:
-    """The file of one image.
-
-    Args:
-        image: (3,H,W) float in [0,1]; rounded to 8 bits.
-        codec: key of `IMAGE_CODECS`.
-        quality: on that codec's scale.
-
-    Raises:
-        ValueError: another shape, type or range, an unknown codec, a quality off the scale.
-        ImportError: a Pillow without that codec.
-    """
-    if codec not in IMAGE_CODECS:
-        raise ValueError(f"codec: expected one of {sorted(IMAGE_CODECS)}, got {codec!r}")
-    entry = IMAGE_CODECS[codec]
-    low, high = entry.qualities
-    if not low <= quality <= high:
-        raise ValueError(f"quality: expected {low}..{high} for {codec}, got {quality}")
-    _require_image(image)
-    from PIL import Image, features
-
-    if not features.check(entry.pillow_feature):
-        raise ImportError(f"this Pillow was built without {codec}; install the wheel: pip install 'pillow>=11.3'")
-    pixels = (image.detach().cpu().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)  # (H,W,3)
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(
-        buffer, entry.pillow_format, quality=quality, **entry.options
-    )
-    return buffer.getvalue()
-
-
-def decode_image(data: bytes) -> Tensor:
-    """(3,H,W) float32 in [0,1] of a JPEG, WebP or AVIF file."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)  # (H,W,3)
-    return torch.from_numpy(pixels / 255.0).permute(2, 0, 1).contiguous()
 
 
 def fit_image(image: Tensor, codec: str, target_bytes: int) -> tuple[int, bytes]:
@@ -91,7 +28,7 @@ def fit_image(image: Tensor, codec: str, target_bytes: int) -> tuple[int, bytes]
 
     Args:
         image: (3,H,W) float in [0,1].
-        codec: key of `IMAGE_CODECS`.
+        codec: of `ROW_CODECS`.
         target_bytes: whole file, header included.
 
     Returns:
@@ -102,9 +39,9 @@ def fit_image(image: Tensor, codec: str, target_bytes: int) -> tuple[int, bytes]
     """
     if target_bytes < 1:
         raise ValueError(f"target_bytes: expected at least 1, got {target_bytes}")
-    if codec not in IMAGE_CODECS:
-        raise ValueError(f"codec: expected one of {sorted(IMAGE_CODECS)}, got {codec!r}")
-    low, high = IMAGE_CODECS[codec].qualities
+    if codec not in ROW_CODECS:
+        raise ValueError(f"codec: expected one of {ROW_CODECS}, got {codec!r}")
+    low, high = image_codec(codec).settings[0], image_codec(codec).settings[-1]
     tried = {low: encode_image(image, codec, low)}
     if len(tried[low]) <= target_bytes:
         tried[high] = encode_image(image, codec, high)
@@ -141,11 +78,11 @@ def classical_image_rows(images: Sequence[Tensor], target_bytes: int, progress: 
     if not images:
         raise ValueError("images: expected at least one (3,H,W) tensor, got none")
     rows = []
-    for codec in IMAGE_CODECS:
+    for codec in ROW_CODECS:
         sizes, qualities, decibels, similar = [], [], [], []
         for image in tqdm(images, desc=codec, unit="image", disable=not progress):
             quality, data = fit_image(image, codec, target_bytes)
-            pair = image.detach().cpu()[None], decode_image(data)[None]
+            pair = image.detach().cpu()[None], decode_image(data, codec)[None]
             sizes.append(len(data))
             qualities.append(quality)
             decibels.append(float(psnr(*pair)))
@@ -168,97 +105,6 @@ def classical_image_rows(images: Sequence[Tensor], target_bytes: int, progress: 
             }
         )
     return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class OpusFile:
-    """One clip as Opus: the Ogg file, and how many of its bytes are Opus packets (the rest is the container)."""
-
-    data: bytes
-    payload_bytes: int
-    packets: int
-
-
-def encode_opus(clip: Tensor, sample_rate: int, bitrate_bps: int, frame_ms: int = 60) -> OpusFile:
-    """Encode mono sound with libopus: application voip, variable bitrate, highest complexity.
-
-    Args:
-        clip: (1,L) float in [-1,1].
-        sample_rate: Hz, one of `OPUS_RATES`.
-        bitrate_bps: the encoder's target for its packets, 500..256000; what it really spends is in the result.
-        frame_ms: packet length; 20 is usual in calls, 60 spends fewer bits on headers and sounds better at 6 kbit/s.
-
-    Raises:
-        ValueError: anything not as said.
-        ImportError: the extra ``data`` (PyAV) is missing, or its FFmpeg has no libopus.
-    """
-    _require_clip(clip)
-    if sample_rate not in OPUS_RATES:
-        raise ValueError(f"sample_rate: expected one of {OPUS_RATES} Hz, got {sample_rate}; resample the clip first")
-    if not 500 <= bitrate_bps <= 256000:
-        raise ValueError(f"bitrate_bps: expected 500..256000 bits a second for mono Opus, got {bitrate_bps}")
-    if frame_ms not in OPUS_FRAMES_MS:
-        raise ValueError(f"frame_ms: expected one of {OPUS_FRAMES_MS}, got {frame_ms}")
-    av = _pyav()
-    options = {"application": "voip", "vbr": "on", "compression_level": "10", "frame_duration": str(frame_ms)}
-    buffer, payload, packets = io.BytesIO(), 0, 0
-    with av.open(buffer, "w", format="ogg") as container:
-        stream = container.add_stream("libopus", rate=sample_rate, layout="mono", options=options)
-        stream.bit_rate = bitrate_bps
-        stream.format = "flt"
-        samples = np.ascontiguousarray(clip.detach().cpu().float().numpy())  # (1,L)
-        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout="mono")
-        frame.sample_rate = sample_rate
-        frame.pts, frame.time_base = 0, Fraction(1, sample_rate)  # else the end padding is announced 6.5 ms short
-        for packet in (*stream.encode(frame), *stream.encode(None)):  # None flushes the last frame
-            payload += packet.size
-            packets += 1
-            container.mux(packet)
-    return OpusFile(buffer.getvalue(), payload, packets)
-
-
-def decode_opus(data: bytes, sample_rate: int, num_samples: int) -> Tensor:
-    """Decode an Ogg Opus file and give back exactly the samples that went in.
-
-    libopus drops the pre-skip and the end padding that the file announces and works at 48 kHz with 16 bits; the sound
-    is resampled to `sample_rate` (linear phase, no delay).
-
-    Args:
-        data: an Ogg Opus file, mono.
-        sample_rate: Hz of the result.
-        num_samples: L of the clip that was encoded, at `sample_rate`.
-
-    Returns:
-        (1,L) float32.
-
-    Raises:
-        ValueError: `num_samples` is not what the file holds (by more than one sample), or `data` is no such file.
-        ImportError: as `encode_opus`.
-    """
-    av = _pyav()
-    from torchaudio.functional import resample
-
-    chunks = []
-    try:
-        with av.open(io.BytesIO(data)) as container:
-            stream = container.streams.audio[0]
-            # libopus by name: FFmpeg's own decoder, the default, loses up to 8 samples of a clip of one packet.
-            decoder = av.CodecContext.create("libopus", "r")
-            decoder.extradata = stream.codec_context.extradata
-            for packet in container.demux(stream):
-                chunks += [frame.to_ndarray() for frame in decoder.decode(packet)]
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"data: expected an Ogg Opus file, got {len(data)} bytes that libopus cannot read") from error
-    if not chunks:
-        raise ValueError("data: expected an Ogg Opus file with sound in it, got one without a frame")
-    sound = torch.from_numpy(np.concatenate(chunks, axis=1))  # (1,L48) int16
-    sound = resample(sound.float() / 32768, 48000, sample_rate)
-    if sound.shape[0] != 1 or abs(sound.shape[1] - num_samples) > 1:
-        raise ValueError(
-            f"expected a mono file of {num_samples} samples at {sample_rate} Hz, got {tuple(sound.shape)}; "
-            "pass the clip's own rate and length"
-        )
-    return torch.nn.functional.pad(sound[:, :num_samples], (0, max(0, num_samples - sound.shape[1])))
 
 
 def opus_rows(
@@ -291,6 +137,8 @@ def opus_rows(
         raise ValueError("clips: expected at least one (1,L) tensor, got none")
     if sample_rate != 16000:
         raise ValueError(f"sample_rate: expected 16000 Hz (PESQ-wb knows no other), got {sample_rate}; resample first")
+    if wrong := [tuple(c.shape) for c in clips if c.ndim != 2 or c.shape[0] != 1]:
+        raise ValueError(f"clips: expected mono (1,L), got {wrong[0]}; mix channels down")
     rows = []
     for frame_ms in frames_ms:
         payload = total = 0
@@ -341,38 +189,3 @@ def _speech_scores(reference: Tensor, estimate: Tensor, sample_rate: int) -> tup
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
-
-
-def _require_image(image: Tensor) -> None:
-    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
-        raise ValueError(
-            f"image: expected float (3,H,W) in [0,1], got {image.dtype} {tuple(image.shape)}; "
-            "convert to RGB and divide uint8 by 255"
-        )
-    if not bool(torch.isfinite(image).all()) or float(image.min()) < -1e-4 or float(image.max()) > 1 + 1e-4:
-        raise ValueError(
-            f"image: expected finite values in [0,1], got {float(image.min()):.4g}..{float(image.max()):.4g}; "
-            "rescale it"
-        )
-
-
-def _require_clip(clip: Tensor) -> None:
-    if clip.ndim != 2 or clip.shape[0] != 1 or clip.shape[1] == 0 or not clip.is_floating_point():
-        raise ValueError(
-            f"clip: expected mono float (1,L), got {clip.dtype} {tuple(clip.shape)}; "
-            "mix channels down, divide int16 by 32768"
-        )
-    if not bool(torch.isfinite(clip).all()) or float(clip.abs().max()) > 1 + 1e-3:
-        raise ValueError(
-            f"clip: expected finite samples in [-1,1], got up to {float(clip.abs().max()):.4g}; rescale it"
-        )
-
-
-def _pyav() -> ModuleType:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("Opus needs the extra 'data' (PyAV): pip install 'mmtok[data]'") from error
-    if "libopus" not in av.codecs_available:
-        raise ImportError("this PyAV was built without libopus; install the wheel: pip install 'mmtok[data]'")
-    return av

@@ -380,7 +380,8 @@ def delay(s: Subject) -> Finding:
         return finding.skip("pictures have no delay")
     declared = int(getattr(tok, "delay_samples", 0))
     if not getattr(tok, "mitigated", True) and declared:
-        finding.case(False, f"the network's output is {abs(declared)} samples {'late' if declared > 0 else 'early'}")
+        words = f"{abs(declared)} samples {'late' if declared > 0 else 'early'}"
+        finding.case(False, f"the published networks are {words}, says the wrapper")
         return finding
     clip = s.clips[0][None, :1]
     y = first(tok.decode(s.encode(clip[0])))[None]

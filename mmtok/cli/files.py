@@ -235,8 +235,11 @@ def describe(tokens: Tokens) -> str:
         parts = [f"{side['width']} x {side['height']} px", f"{bits / (side['width'] * side['height']):.4f} bpp"]
     elif {"num_samples", "sample_rate"} <= side.keys():
         seconds, channels = side["num_samples"] / side["sample_rate"], side.get("channels", 1)
-        # Tokens cut by --num-tokens tell of the beginning only, and their rate is that of the beginning.
-        told = min(seconds, T / channels / spec.frame_rate) if spec.frame_rate else seconds
+        # Tokens cut by --num-tokens tell of the beginning only, and their rate is that of the beginning. Bytes have no
+        # rate of their own, and where chunks carry a loudness a position stands for all channels.
+        streams = 1 if "scale" in tokens.side else channels
+        whole = spec.frame_rate is None or spec.codebook_sizes == (256,)
+        told = seconds if whole else min(seconds, T / streams / spec.frame_rate)
         rate = f"{bits / told / 1000:.2f} kbit/s" if told else "no sound"
         parts = [f"{seconds:.2f} s, {side['sample_rate']} Hz, {channels} channel{'s' * (channels > 1)}", rate]
     grid = f"{spec.num_codebooks} levels x {T} positions = {count} tokens"

@@ -1,4 +1,4 @@
-"""Picture files that may have been cut: the size they declare, before anything is allocated, and what can be decoded."""
+"""Picture files that may have been cut: the size they declare, before anything is allocated, and what can be read."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def readable_avif(data: bytes) -> Readable:
 
 
 def readable_jpeg2000(data: bytes) -> Readable:
-    """A JPEG 2000 codestream of one tile, with zeros where its end is missing: a decoder takes them for empty packets."""
+    """A JPEG 2000 codestream of one tile, with zeros where its end is missing: decoders take them for empty packets."""
     _require_start(data, b"\xff\x4f\xff\x51\x00\x2f\x00\x00", "JPEG 2000 codestream")
     if len(data) < 51:
         return Readable(None, None)

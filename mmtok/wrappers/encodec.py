@@ -42,7 +42,7 @@ FAMILY = Family(
     source="folder or hub repository",
     example="encodec:facebook/encodec_24khz",
     package="transformers",
-    install="pip install 'mmtok[text]'",
+    install="pip install 'mmtok[codecs]'",
     code_licence="Apache-2.0",
     weights_licence="CC-BY-NC-4.0 per audiocraft, questioned for encodec_24khz; check the card",
     # The survey's row, but for the decoder, which it calls a CNN: in all three models it has an LSTM too.
@@ -132,6 +132,7 @@ class EncodecChunks(Wrapped, AudioTokenizer):
     """
 
     family = FAMILY
+    batch_limit: int = 1  # as `WrappedAudio`
     network: Any
 
     def __init__(self, network: Any, source: str | Path):
@@ -277,11 +278,14 @@ class EncodecChunks(Wrapped, AudioTokenizer):
         return torch.cat([rows[: channels - 1], rows[channels - 1 :].mean(0, keepdim=True)])
 
     def _encode_rows(self, rows: list[Tensor], num_codebooks: int | None) -> list[tuple[Tensor, Tensor]]:
-        """Each (M, L) -> codes (Q, T) and scales (chunks,); only rows of one length run together."""
+        """Each (M, L) -> codes (Q, T) and scales (chunks,); only ``batch_limit`` rows of one length run together."""
         Q = num_codebooks or len(self.codebook_sizes)
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for n in sorted({r.shape[-1] for r in rows}):
-            members = [i for i, r in enumerate(rows) if r.shape[-1] == n]
+        alike: dict[int, list[int]] = {}
+        for i, r in enumerate(rows):
+            alike.setdefault(r.shape[-1], []).append(i)
+        limit = self.batch_limit
+        for n, members in ((n, all_[k : k + limit]) for n, all_ in alike.items() for k in range(0, len(all_), limit)):
             x = torch.stack([rows[i] for i in members])
             starts = range(0, n, self.chunk_stride)
             chunks = [self._encode_chunk(x[..., start : start + self.chunk_length], Q) for start in starts]

@@ -122,7 +122,7 @@ class SpeechTokenizer(WrappedAudio):
     def network_encode(self, x: Tensor, lengths: Tensor, num_codebooks: int | None) -> Tensor:
         del lengths  # upstream takes no mask
         network: Any = self.network
-        return network.encode(x, n_q=num_codebooks).transpose(0, 1)
+        return network.encode(x, num_codebooks).transpose(0, 1)
 
     def network_decode(self, codes: Tensor) -> Tensor:
         network: Any = self.network

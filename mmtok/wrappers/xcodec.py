@@ -42,7 +42,7 @@ FAMILY = Family(
     source="folder or hub repository",
     example="xcodec:hf-audio/xcodec-hubert-librispeech",
     package="transformers",
-    install="pip install 'mmtok[text]'",
+    install="pip install 'mmtok[codecs]'",
     code_licence="Apache-2.0",
     weights_licence=(
         "check the card; that of hf-audio/xcodec-wavlm-more-data says CC-BY-4.0, the authors' repository states none"

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from peers import networks
+from peers.networks import noise
 
 import mmtok.wrappers.dac as module
 from mmtok.bench.laws import ABOUT, check
@@ -18,44 +20,10 @@ pytest.importorskip("transformers")
 RATE, STRIDES, LEVELS, HOP = 16000, (2, 4, 5, 8), 3, 320
 
 
-def noise(samples: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(1, samples, generator=torch.Generator().manual_seed(seed)).mul(0.3).clamp(-1, 1)
-
-
-@torch.no_grad()
-def random_network(strides=STRIDES, rate=RATE, seed=0):
-    """A DacModel whose kernels keep the signal's size and whose codebooks hold directions that its latents take."""
-    from transformers import DacConfig, DacModel
-
-    torch.manual_seed(seed)
-    config = DacConfig(
-        encoder_hidden_size=4,
-        decoder_hidden_size=2 * 2 ** len(strides),
-        downsampling_ratios=list(strides),
-        n_codebooks=LEVELS,
-        codebook_size=16,
-        codebook_dim=3,
-        sampling_rate=rate,
-        quantizer_dropout=0.5,
-    )
-    network = DacModel(config).eval()
-    for name, p in network.named_parameters():
-        if name.endswith("weight") and p.ndim == 3:
-            p.normal_().mul_((p.shape[1] * p.shape[2]) ** -0.5 * (0.5 if "res_unit" in name else 1))
-        elif name.endswith("bias"):
-            p.normal_().mul_(0.1)
-    residual = network.encoder(noise(40 * config.hop_length, seed + 1)[None])
-    for level in network.quantizer.quantizers:
-        inside = level.in_proj(residual)
-        level.codebook.weight.copy_(inside[0, :, torch.randperm(inside.shape[2])[:16]].T)
-        residual = residual - level(residual)[0]
-    return network
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dac")
-    random_network().save_pretrained(folder)
+    networks.dac().save_pretrained(folder)
     return folder
 
 
@@ -203,12 +171,12 @@ def centroids(tok, tilt: int = 0):
 def test_what_odd_strides_leave_out(strides, shift):
     """The output is shorter by ``shift``, and the released weights are that early: as here with kernels one position
     to the left. Geometry alone shifts nothing: encoder and decoder are half a position off each, to opposite sides."""
-    straight = module.DACWrapper(random_network(strides), "straight")
+    straight = module.DACWrapper(networks.dac(strides), "straight")
     assert straight.delay_samples == -shift
     lacking, raw, _ = centroids(straight)
     assert lacking == -shift and raw == pytest.approx(0, abs=1e-2)
     if shift and sum(s % 2 for s in strides) == 1:
-        lacking, raw, mitigated = centroids(module.DACWrapper(random_network(strides), "early"), tilt=1)
+        lacking, raw, mitigated = centroids(module.DACWrapper(networks.dac(strides), "early"), tilt=1)
         assert lacking == -shift
         assert raw == pytest.approx(-shift, abs=1e-2) and mitigated == pytest.approx(0, abs=1e-2)
 
@@ -225,7 +193,7 @@ def test_another_delay_can_be_set(tok):
 
 
 def test_even_strides_have_no_delay():
-    tok = module.DACWrapper(random_network((2, 4), rate=44100), "even")
+    tok = module.DACWrapper(networks.dac((2, 4), rate=44100), "even")
     x = noise(50)
     tokens = tok.encode(x, 44100)
     assert tok.delay_samples == 0 and tokens.codes.shape == (1, LEVELS, 7)
@@ -244,8 +212,8 @@ def test_any_length_rate_and_channels_and_a_file(tok, tmp_path):
 
 
 def test_fingerprint_follows_weights_not_folder(tok, saved, tmp_path):
-    random_network().save_pretrained(tmp_path / "copy")
-    random_network(seed=1).save_pretrained(tmp_path / "other")
+    networks.dac().save_pretrained(tmp_path / "copy")
+    networks.dac(seed=1).save_pretrained(tmp_path / "other")
     copy, other = (module.FAMILY.open(str(tmp_path / n)) for n in ("copy", "other"))
     assert copy.fingerprint == tok.fingerprint != other.fingerprint
     tokens = tok.encode(noise(3 * HOP), RATE)
@@ -281,7 +249,7 @@ def test_folders_that_are_no_dac(saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="broken"):
         module.FAMILY.open(str(broken))
     for down, up in ([2, 4, 5, 8], [8, 5, 4, 4]), ([2, 4, 5, 1], [1, 5, 4, 2]):
-        network = random_network()
+        network = networks.dac()
         network.config.downsampling_ratios, network.config.upsampling_ratios = down, up
         with pytest.raises(ValueError, match="expected strides of at least 2 with one product"):
             module.DACWrapper(network, "odd")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers.networks import ENCODEC, encodec, swelling
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,10 +20,9 @@ from mmtok.wrappers.encodec import FAMILY, Encodec, EncodecChunks, overlap_add
 transformers: Any = pytest.importorskip("transformers")
 
 HOP = 24
-RATE = 2400  # 100 frames a second of 5 bits a level
-MONO = {"upsampling_ratios": [4, 3, 2], "sampling_rate": RATE}
-CAUSAL = MONO | {"target_bandwidths": [1.0, 2.0, 4.0, 8.0, 16.0]}  # 2, 4, 8, 16, 32 levels, as the 24 kHz model has
-MUSICGEN = MONO | {"target_bandwidths": [2.0], "use_causal_conv": False, "use_conv_shortcut": False}
+RATE = ENCODEC["sampling_rate"]  # 100 frames a second of 5 bits a level
+CAUSAL = ENCODEC
+MUSICGEN = ENCODEC | {"target_bandwidths": [2.0], "use_causal_conv": False, "use_conv_shortcut": False}
 # Chunks of 480 samples = 30 frames, one every 456 samples = 28.5 frames; the 48 kHz model has 150 and 148.5.
 STEREO_RATE, CHUNK, STRIDE = 4800, 480, 456
 STEREO = {
@@ -44,32 +44,12 @@ mono_kinds = pytest.mark.parametrize("kind", ["causal", "musicgen"])
 all_kinds = pytest.mark.parametrize("kind", CONFIGS)
 
 
-def network_of(changes: dict[str, Any]) -> Any:
-    """A random network whose codebooks are drawn like its latents, so that many codes occur at every level."""
-    torch.manual_seed(3)
-    config = transformers.EncodecConfig(num_filters=4, hidden_size=8, codebook_size=32, **changes)
-    network = transformers.EncodecModel(config).eval()
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            if "lstm" in name or name.endswith("bias"):
-                p.normal_(std=0.2)
-            elif name.endswith("original0"):
-                p.mul_(1.7)
-            elif ".norm." in name:
-                p.uniform_(0.5, 1.5)
-        z = network.encoder(noise(1, config.audio_channels, 480))  # (1, D, T)
-        for q, layer in enumerate(network.quantizer.layers):
-            spread = torch.randn(32, 8) * z.std((0, 2)) * 0.8**q
-            layer.codebook.embed.copy_(spread + (z.mean((0, 2)) if q == 0 else 0))
-    return network
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for kind, changes in CONFIGS.items():
         found[kind] = tmp_path_factory.mktemp("encodec") / kind
-        network_of(changes).save_pretrained(found[kind])
+        encodec(changes).save_pretrained(found[kind])
     return found
 
 
@@ -90,15 +70,8 @@ def upstream(opened: dict[str, tuple[Any, Any]], kind: str) -> Any:
     return opened[kind][1]
 
 
-def noise(*shape: int) -> Tensor:
-    """Noise whose loudness changes as it goes, so that chunks differ."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    swell = torch.linspace(0.1, 1.0, shape[-1]) if shape[-1] > 1 else torch.ones(1)
-    return (torch.randn(*shape, generator=generator) * 0.3 * swell).clamp(-1, 1)
-
-
 def clip_of(tok: Any, frames: float) -> Tensor:
-    return noise(getattr(tok, "model_channels", 1), round(frames * tok.hop_length))
+    return swelling(getattr(tok, "model_channels", 1), round(frames * tok.hop_length))
 
 
 def fewest_codes(codes: Tensor) -> int:
@@ -120,7 +93,7 @@ def test_mono_codes_and_sound_are_upstreams(tok: Encodec, upstream: Any, kind: s
     monkeypatch.setattr(tok, "batch_limit", 3)  # a whole batch, as upstream's, so that it is summed in one order
     assert isinstance(tok, Encodec) and tok.spec.codebook_sizes == (32,) * max(LEVELS[kind].values())
     assert tok.spec.frame_rate == 100 and tok.hop_length == HOP and tok.name == f"encodec:{kind}"
-    x = noise(3, 1, 40 * HOP)
+    x = swelling(3, 1, 40 * HOP)
     mask = torch.ones(3, 40 * HOP, dtype=torch.bool)
     for rate, levels in LEVELS[kind].items():
         given = upstream.encode(x, mask, rate)
@@ -142,7 +115,7 @@ def test_mono_codes_and_sound_are_upstreams(tok: Encodec, upstream: Any, kind: s
 @torch.no_grad()
 def test_mono_clips_are_padded_to_whole_frames(tok: Encodec, upstream: Any, kind: str):
     for n in (1, 100, 30 * HOP + 7):
-        x = noise(1, n)
+        x = swelling(1, n)
         padded = torch.nn.functional.pad(x, (0, -n % HOP))[None]
         given = upstream.encode(padded, bandwidth=max(LEVELS[kind])).audio_codes
         tokens = tok.encode(x, RATE)
@@ -172,7 +145,7 @@ def test_stereo_codes_scales_and_sound_are_upstreams(tok: EncodecChunks, upstrea
     assert isinstance(tok, EncodecChunks) and tok.spec.codebook_sizes == (32,) * 8
     assert tok.spec.frame_rate == 30 / 456 * 4800  # 30 frames a chunk
     for n in LENGTHS:
-        x = noise(3, 2, n)
+        x = swelling(3, 2, n)
         for batch, rates in ((x[:1], {12.0: 8}), (x, {3.0: 2, 6.0: 4, 12.0: 8})):
             mask = torch.ones(len(batch), n, dtype=torch.bool)
             for rate, levels in rates.items():
@@ -195,9 +168,9 @@ def test_stereo_codes_scales_and_sound_are_upstreams(tok: EncodecChunks, upstrea
 )
 @torch.no_grad()
 def test_chunks_loudness_and_channels_need_not_come_together(changes: dict):
-    network = network_of(STEREO | changes)
+    network = encodec(STEREO | changes)
     tok = EncodecChunks(network, "other")
-    x = noise(1, tok.model_channels, 2 * STRIDE + 200)
+    x = swelling(1, tok.model_channels, 2 * STRIDE + 200)
     given = network.encode(x, bandwidth=12.0)
     tokens = tok.encode(x[0], STEREO_RATE)
     assert torch.equal(tokens.codes, joined(given, x.shape[2])) and fewest_codes(tokens.codes) >= 8
@@ -217,8 +190,8 @@ def test_all_laws_hold(tok: Any, kind: str):
 
 def test_clips_of_one_length_may_share_a_batch_where_speed_is_worth_a_near_tie():
     """Rounding depends on the batch and turns a near tie now and then, and every level after it: hence one by one."""
-    tok = Encodec(network_of(CAUSAL), "tiny")
-    clips = list(noise(5, 1, 20 * HOP))
+    tok = Encodec(encodec(CAUSAL), "tiny")
+    clips = list(swelling(5, 1, 20 * HOP))
     alone = tok.encode(clips, RATE)
     shapes: list[int] = []
     hook = tok.network.encoder.register_forward_pre_hook(lambda m, x: shapes.append(len(x[0])))
@@ -251,7 +224,7 @@ def test_fault_padding_of_very_short_clips(tok: Encodec, kind: str):
     """Even the causal model reflects its beginning, up to 6 frames into the clip: a shorter one sees its padding."""
     rows = {}
     for frames in (1, 3, 6, 7, 12):
-        x, longer = noise(1, frames * HOP), noise(1, 20 * HOP)
+        x, longer = swelling(1, frames * HOP), swelling(1, 20 * HOP)
         for t in (tok.raw(), tok):
             alone = t.encode(x, RATE, num_codebooks=32).codes
             beside = t.encode([x, longer], RATE, num_codebooks=32)[0].codes
@@ -263,7 +236,7 @@ def test_fault_padding_of_very_short_clips(tok: Encodec, kind: str):
 @pytest.mark.parametrize("kind", ["stereo"])
 def test_fault_scale_counts_the_padding(tok: EncodecChunks, kind: str):
     """Upstream masks the padding but still divides by it: the scale of the shorter clip shrinks by sqrt(100 / 480)."""
-    x, longer = noise(2, 100), noise(2, CHUNK)
+    x, longer = swelling(2, 100), swelling(2, CHUNK)
     alone = tok.encode(x, STEREO_RATE).side["scale"][0, 0]
     raw, ours = (t.encode([x, longer], STEREO_RATE).side["scale"] / alone for t in (tok.raw(), tok))
     torch.testing.assert_close(raw[0, 0], torch.tensor((100 / CHUNK) ** 0.5))
@@ -278,7 +251,7 @@ def test_fault_lengths_just_past_a_stride(tok: EncodecChunks, upstream: Any, kin
     raw = tok.raw()
     failed = []
     for over in (1, 8, 9, 16, 17, 24):
-        x = noise(2, 2 * STRIDE + over)
+        x = swelling(2, 2 * STRIDE + over)
         try:
             raw.decode(raw.encode(x, STEREO_RATE))
         except RuntimeError:
@@ -293,7 +266,7 @@ def test_fault_lengths_just_past_a_stride(tok: EncodecChunks, upstream: Any, kin
 
 @pytest.mark.parametrize("kind", ["stereo"])
 def test_opposite_phase_is_silence_to_upstream(tok: EncodecChunks, kind: str):
-    x = noise(1, 700)
+    x = swelling(1, 700)
     tokens = tok.encode(torch.cat([x, -x]), STEREO_RATE)
     assert bool((tokens.side["scale"] == 1e-8).all()) and float(tok.decode(tokens).abs().max()) < 1e-5
     assert float(tok.decode(tok.encode(torch.cat([x, x]), STEREO_RATE)).abs().max()) > 1e-2
@@ -301,7 +274,7 @@ def test_opposite_phase_is_silence_to_upstream(tok: EncodecChunks, kind: str):
 
 @pytest.mark.parametrize("kind", ["stereo"])
 def test_stereo_channels_go_in_pairs(tok: EncodecChunks, kind: str):
-    x = noise(3, 700)
+    x = swelling(3, 700)
     mono, pair, three = (tok.encode(c, STEREO_RATE) for c in (x[2:], x[:2], x))
     twice = tok.encode(x[[2, 2]], STEREO_RATE)
     assert torch.equal(mono.codes, twice.codes)
@@ -320,9 +293,9 @@ def test_exact_size_of_any_sound(tok: Any, kind: str):
         (1, 501, 1000),
         (2, 456, tok.sample_rate),
     ):
-        x = noise(channels, n)
+        x = swelling(channels, n)
         assert tok.decode(tok.encode(x, rate)).shape == (1, channels, n)
-    clips = [noise(1, 700), noise(2, 1500), noise(1, 20)]
+    clips = [swelling(1, 700), swelling(2, 1500), swelling(1, 20)]
     tokens = tok.encode(clips, tok.sample_rate)
     for i, (clip, y) in enumerate(zip(clips, tok.decode(tokens), strict=True)):
         alone = tok.encode(clip, tok.sample_rate)
@@ -331,7 +304,7 @@ def test_exact_size_of_any_sound(tok: Any, kind: str):
 
 @all_kinds
 def test_every_prefix_of_tokens_decodes_to_the_beginning(tok: Any, kind: str):
-    x = noise(2, 2 * STRIDE + 20)
+    x = swelling(2, 2 * STRIDE + 20)
     tokens = tok.encode(x, tok.sample_rate)
     whole, sizes = tok.decode(tokens), []
     T = tokens.codes.shape[2]
@@ -348,7 +321,7 @@ def test_every_prefix_of_tokens_decodes_to_the_beginning(tok: Any, kind: str):
 
 @all_kinds
 def test_tokens_survive_file_training_mode_and_missing_side(tok: Any, kind: str, tmp_path: Path):
-    x = noise(1, 1000)
+    x = swelling(1, 1000)
     tokens = tok.encode([x, x[:, :300]], tok.sample_rate)
     y = tok.decode(tokens)
     tokens.save(tmp_path / "t.safetensors")
@@ -364,7 +337,7 @@ def test_tokens_survive_file_training_mode_and_missing_side(tok: Any, kind: str,
 
 @pytest.mark.parametrize("kind", ["stereo"])
 def test_stereo_side_is_checked(tok: EncodecChunks, kind: str):
-    tokens = tok.encode(noise(2, 1000), STEREO_RATE)
+    tokens = tok.encode(swelling(2, 1000), STEREO_RATE)
     scale = tokens.side["scale"]
     assert scale.shape == (1, 3)
     for bad in (scale[:, :2], scale[0], scale * torch.nan, -scale, scale.long()):
@@ -377,7 +350,7 @@ def test_stereo_side_is_checked(tok: EncodecChunks, kind: str):
         tok.decode(short)
     with pytest.raises(ValueError, match="size"):
         tok.decode(tokens, size=(4, 4))
-    padded = tok.encode([noise(2, 1000), noise(2, 100)], STEREO_RATE).side["scale"]
+    padded = tok.encode([swelling(2, 1000), swelling(2, 100)], STEREO_RATE).side["scale"]
     assert padded[1, 1:].tolist() == [1, 1] and float(padded[1, 0]) != 1
 
 
@@ -403,11 +376,11 @@ def test_overlap_add_cross_fades():
 
 
 def test_fingerprint_follows_facts_and_not_the_folder(folders: dict[str, Path]):
-    one, two = (Encodec(network_of(CAUSAL), source) for source in ("a", "b"))
+    one, two = (Encodec(encodec(CAUSAL), source) for source in ("a", "b"))
     assert one.fingerprint == two.fingerprint == FAMILY.open(str(folders["causal"])).fingerprint
-    assert Encodec(network_of(CAUSAL | {"pad_mode": "constant"}), "a").fingerprint != one.fingerprint
+    assert Encodec(encodec(CAUSAL | {"pad_mode": "constant"}), "a").fingerprint != one.fingerprint
     with pytest.raises(TokensError, match="fingerprint"):
-        one.decode(FAMILY.open(str(folders["musicgen"])).encode(noise(1, 100), RATE))
+        one.decode(FAMILY.open(str(folders["musicgen"])).encode(swelling(1, 100), RATE))
     json.dumps(one.config)
 
 
@@ -453,8 +426,8 @@ def test_bad_folders_are_refused(folders: dict[str, Path], tmp_path: Path):
 
 def test_networks_that_no_class_takes():
     with pytest.raises(ValueError, match="EncodecChunks"):
-        Encodec(network_of(STEREO), "x")
+        Encodec(encodec(STEREO), "x")
     with pytest.raises(ValueError, match="audio_channels"):
-        EncodecChunks(network_of(STEREO | {"audio_channels": 3}), "x")
+        EncodecChunks(encodec(STEREO | {"audio_channels": 3}), "x")
     with pytest.raises(ValueError, match="target_bandwidths"):
-        Encodec(network_of(CAUSAL | {"target_bandwidths": [0.1]}), "x")
+        Encodec(encodec(CAUSAL | {"target_bandwidths": [0.1]}), "x")

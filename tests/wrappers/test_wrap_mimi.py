@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers.networks import MIMI, mimi, mimi_config
 from torch import Tensor
 
 from mmtok import auto
@@ -20,9 +21,10 @@ transformers: Any = pytest.importorskip("transformers")
 
 RATE = 24000
 CONFIGS: dict[str, dict[str, Any]] = {
-    "published strides": {"num_filters": 2, "sliding_window": 4},
+    "published strides": MIMI,
     "two semantic levels": {"upsampling_ratios": [5, 3], "num_semantic_quantizers": 2},
 }
+SMALL = {"upsampling_ratios": [3, 2], "num_quantizers": 2, "num_hidden_layers": 1}
 SECONDS = {"published strides": 0.25, "two semantic levels": 0.01}
 
 
@@ -30,55 +32,10 @@ def sound(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1])).mul(0.25).clamp(-1, 1)
 
 
-def settings(**changes: Any) -> Any:
-    numbers = {
-        "hidden_size": 16,
-        "num_filters": 4,
-        "num_hidden_layers": 2,
-        "intermediate_size": 24,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "codebook_size": 32,
-        "codebook_dim": 8,
-        "vector_quantization_hidden_dimension": 8,
-        "num_quantizers": 5,
-        "upsample_groups": 16,
-        "sliding_window": 6,
-    }
-    return transformers.MimiConfig(**{**numbers, **changes})
-
-
-@torch.no_grad()
-def random_mimi(seed: int = 0, **changes: Any) -> Any:
-    """A MimiModel whose every part changes the codes, with books drawn from what they are to code."""
-    torch.manual_seed(seed)
-    model = transformers.MimiModel(settings(**changes)).eval()
-    for name, p in model.named_parameters():
-        if "layer_scale" in name or "layernorm" in name:
-            p.uniform_(0.5, 1.5)  # as initialized, the transformers would hardly change what passes through them
-        elif "_transformer" in name:
-            p.normal_(0, 1.5 * p.shape[1] ** -0.5)
-    latents = model.encoder(sound(4, 1, 20 * model.config.frame_size)).latents
-    model.decoder.decoder_seanet.layers[-1].conv.weight.div_(2 * model.decoder(latents).audio_values.std())
-    for part in (
-        model.quantizer.semantic_residual_vector_quantizer,
-        model.quantizer.acoustic_residual_vector_quantizer,
-    ):
-        rest = part.input_proj(latents).transpose(1, 2).flatten(0, 1)
-        for layer in part.layers:
-            book = layer.codebook
-            book.cluster_usage.uniform_(0.5, 4)
-            rows = rest[torch.randperm(len(rest))[: len(book.embed_sum)]]
-            book.embed_sum.copy_((rows + 0.1 * rest.std() * torch.randn_like(rows)) * book.cluster_usage[:, None])
-            book._embed = None
-            rest = rest - book.decode(book.encode(rest))
-    return model
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, MimiWrapper, float]:
     transformers.utils.logging.disable_progress_bar()
-    model, folder = random_mimi(**CONFIGS[request.param]), tmp_path_factory.mktemp("wrap_mimi")
+    model, folder = mimi(CONFIGS[request.param]), tmp_path_factory.mktemp("wrap_mimi")
     model.save_pretrained(folder)
     return model, open_mimi(str(folder)), SECONDS[request.param]
 
@@ -86,7 +43,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small_mimi")
-    random_mimi(upsampling_ratios=[3, 2], num_quantizers=2, num_hidden_layers=1).save_pretrained(folder)
+    mimi(SMALL).save_pretrained(folder)
     return folder
 
 
@@ -189,7 +146,7 @@ def test_raw_channels_and_rates(small: Path):
 
 
 def test_fewer_levels_than_transformers_allows():
-    model = random_mimi(**CONFIGS["two semantic levels"])
+    model = mimi(CONFIGS["two semantic levels"])
     tok, x = MimiWrapper(model, "two"), sound(1, 10 * 30)
     assert tok.fewest == 2
     assert torch.equal(tok.encode(x, RATE, num_codebooks=1).codes, tok.encode(x, RATE).codes[:, :1])
@@ -235,7 +192,7 @@ def test_loads_by_name_says_its_licences_and_refuses_other_ids(
     (tmp_path / "copy" / "README.md").write_text("---\nlicense: mit\n---\n")
     again = open_mimi(str(tmp_path / "copy"))
     assert again.licences["weights"] == "mit (model card)" and again.fingerprint == tok.fingerprint
-    other = MimiWrapper(random_mimi(1, upsampling_ratios=[3, 2], num_quantizers=2, num_hidden_layers=1), "other")
+    other = MimiWrapper(mimi(SMALL, seed=1), "other")
     with pytest.raises(TokensError):
         other.decode(tokens)
 
@@ -270,4 +227,4 @@ def test_bad_folders(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_networks_that_cannot_be_wrapped(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        MimiWrapper(transformers.MimiModel(settings(upsampling_ratios=[3, 2], **changes)), "strange")
+        MimiWrapper(transformers.MimiModel(mimi_config({"upsampling_ratios": [3, 2], **changes})), "strange")

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from peers import networks
+from peers.networks import noise
 
 import mmtok.wrappers.snac as module
 from mmtok.bench.laws import ABOUT, check
@@ -21,19 +23,7 @@ if importlib.util.find_spec("snac") is None:  # importing it warns, see above
     pytest.skip("snac is not installed", allow_module_level=True)
 
 RATE = 8000
-PLAIN = {  # as the 24 kHz model: depthwise, no attention
-    "sampling_rate": RATE,
-    "encoder_dim": 4,
-    "encoder_rates": [2, 3, 5],
-    "decoder_dim": 16,
-    "decoder_rates": [5, 3, 2],
-    "attn_window_size": None,
-    "codebook_size": 16,
-    "codebook_dim": 3,
-    "vq_strides": [4, 2, 1],
-    "noise": True,
-    "depthwise": True,
-}
+PLAIN = networks.SNAC_LIKE_24KHZ
 WINDOWS = PLAIN | {  # as those at 32 and 44.1 kHz, whose attention needs widths of multiples of 64
     "encoder_dim": 16,
     "encoder_rates": [4, 5],
@@ -45,38 +35,12 @@ WINDOWS = PLAIN | {  # as those at 32 and 44.1 kHz, whose attention needs widths
 CONFIGS = {"plain": (PLAIN, 30, 4), "windows": (WINDOWS, 20, 24)}  # config, hop, frames of a group
 
 
-def noise(samples: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(1, samples, generator=torch.Generator().manual_seed(seed)).mul(0.3).clamp(-1, 1)
-
-
-@torch.no_grad()
-def random_network(config, seed=0):
-    """A SNAC that carries its biases far, and whose codebooks hold directions that its latents take."""
-    from snac import SNAC
-
-    torch.manual_seed(seed)
-    network = SNAC(**config).eval()
-    for name, p in network.named_parameters():
-        if name.endswith("bias"):
-            p.normal_().mul_(0.1)
-        elif name.endswith("weight.original0") and "linear" not in name:  # the length of a kernel
-            p.mul_(1.3)
-    hop = network.hop_length
-    residual = network.encoder(noise(48 * 8 * hop, seed + 1)[None])
-    for level in network.quantizer.quantizers:
-        pooled = torch.nn.functional.avg_pool1d(residual, level.stride, level.stride)
-        inside = level.in_proj(pooled)
-        level.codebook.weight.copy_(inside[0, :, torch.randperm(inside.shape[2])[:16]].T)
-        residual = residual - level(residual)[0]
-    return network
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def saved(request, tmp_path_factory):
     config, hop, group = CONFIGS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "config.json").write_text(json.dumps(config))
-    torch.save(random_network(config).state_dict(), folder / "pytorch_model.bin")
+    torch.save(networks.snac(config).state_dict(), folder / "pytorch_model.bin")
     return folder, hop, group
 
 
@@ -263,7 +227,7 @@ def test_any_length_rate_and_channels_a_file_and_training_mode(tok, saved, tmp_p
 
 
 def test_without_noise_blocks_raw_is_deterministic():
-    tok = module.SNACWrapper(random_network(PLAIN | {"noise": False}), "quiet")
+    tok = module.SNACWrapper(networks.snac(PLAIN | {"noise": False}), "quiet")
     tokens = tok.encode(noise(600), RATE)
     assert torch.equal(tok.raw().decode(tokens), tok.raw().decode(tokens))
     torch.testing.assert_close(tok.decode(tokens), tok.raw().decode(tokens)[..., :600])
@@ -271,7 +235,7 @@ def test_without_noise_blocks_raw_is_deterministic():
 
 def test_strides_that_do_not_divide_each_other():
     """Groups hold whole codes of every level; upstream pads to the first stride only and fails on such clips."""
-    tok = module.SNACWrapper(random_network(PLAIN | {"vq_strides": [4, 3, 1]}), "uneven")
+    tok = module.SNACWrapper(networks.snac(PLAIN | {"vq_strides": [4, 3, 1]}), "uneven")
     x = noise(30 * 13)
     with pytest.raises(RuntimeError), torch.no_grad():
         tok.network.encode(x[None])
@@ -288,7 +252,7 @@ def test_fingerprint_safetensors_and_foreign_ids(tok, saved, tmp_path):
     for name, seed in (("copy", 0), ("other", 1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
-        state = random_network(json.loads(config), seed).state_dict()
+        state = networks.snac(json.loads(config), seed).state_dict()
         save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / name / "model.safetensors")
     copy, other = (module.FAMILY.open(str(tmp_path / n)) for n in ("copy", "other"))
     assert copy.fingerprint == tok.fingerprint != other.fingerprint
@@ -318,7 +282,7 @@ def test_folders_that_are_no_snac(tmp_path, monkeypatch):
             (path / "pytorch_model.bin").write_bytes(weights)
         return str(path)
 
-    state = random_network(PLAIN).state_dict()
+    state = networks.snac(PLAIN).state_dict()
     torch.save(state, tmp_path / "good.bin")
     good = (tmp_path / "good.bin").read_bytes()
     assert module.FAMILY.open(folder("good", weights=good)).codebook_sizes == (16, 16, 16)

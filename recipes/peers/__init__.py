@@ -1,0 +1,1 @@
+"""Random networks of other packages' classes, and what `mmtok check` finds of them."""
