@@ -344,6 +344,7 @@ def test_families_fill_every_column(name: str):
     check_cells(card["taxonomy"], entry.modality)
     for key in ("title", "source", "package", "install"):
         assert card[key].strip()
+    assert f"`{name}:" in (ROOT / "README.md").read_text(), "README names every family"
     assert all(text.strip() for text in card["licences"].values()) and set(card["licences"]) == {"code", "weights"}
     json.dumps(card)
 

@@ -154,6 +154,15 @@ class Early(Plain):
         return torch.nn.functional.pad(super().network_decode(codes), (-8, 8))
 
 
+class EarlyAndShort(Plain):
+    """As the released DAC at 16 kHz: 8 samples early, and 8 missing at the end; the wrapper knows."""
+
+    delay_samples = -8
+
+    def network_decode(self, codes: Tensor) -> Tensor:
+        return super().network_decode(codes)[..., 8:]
+
+
 FAULTS = {
     "variety": Constant,
     "padding": PadSeen,
@@ -199,8 +208,13 @@ def test_each_law_is_seen_broken(law):
 def test_miss_rates_are_what_they_say():
     row = check(LowestRate(), only=("levels",))["levels"]
     assert row.miss_rate == 0.75 and row.compared == 4 and row.note == "encode() without a rate gives 1 of 4 levels"
-    row = check(Early(), only=("delay",), seconds=1.0)["delay"]
-    assert "-8 samples late" in row.note
+    for codec in (Early(), EarlyAndShort().raw()):
+        row = check(codec, only=("delay",), seconds=1.0)["delay"]
+        assert row.status == BROKEN and "-8 samples late" in row.note
+    mitigated = check(EarlyAndShort(), only=("delay", "exact size"), seconds=1.0)
+    assert mitigated.ok and mitigated["delay"].note == "0 samples"
+    raw = check(EarlyAndShort().raw(), only=("exact size",), seconds=1.0)["exact size"]
+    assert raw.miss_rate == 1 and "comes back as" in raw.note
 
 
 def test_raw_gives_the_networks_own_behaviour():

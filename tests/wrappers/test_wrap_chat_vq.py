@@ -326,7 +326,7 @@ def test_wrong_folders_are_refused(folders: dict[str, Path], tmp_path: Path, mon
     with pytest.raises(ValueError, match="expected a network of 3 channels"):
         JanusWrapper(transformers.JanusVQVAE(transformers.JanusVQVAEConfig(in_channels=1, **SHARED)), "grey")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'mmtok\[text\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'mmtok\[codecs\]'"):
         open_emu3(str(folders["emu3"]))
 
 

@@ -254,5 +254,5 @@ def test_folders_that_are_no_dac(saved, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="expected strides of at least 2 with one product"):
             module.DACWrapper(network, "odd")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"dac needs the package transformers .*pip install 'mmtok\[text\]'"):
+    with pytest.raises(ImportError, match=r"dac needs the package transformers .*pip install 'mmtok\[codecs\]'"):
         module.FAMILY.open(str(saved))

@@ -213,7 +213,7 @@ def test_bad_folders(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="no readable folder of transformers' MimiModel"):
         open_mimi(str(tmp_path))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'mmtok\[text\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'mmtok\[codecs\]'"):
         open_mimi(str(small))
 
 

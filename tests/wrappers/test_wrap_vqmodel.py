@@ -196,7 +196,7 @@ def test_wrong_folders_are_refused(folders: dict[str, Path], tmp_path: Path, mon
     with pytest.raises(ValueError, match=f"has no {WEIGHTS}"):
         open_vqmodel(str(folder))
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match=r"pip install 'mmtok\[generative\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'mmtok\[codecs\]'"):
         open_vqmodel(str(folders["vectors"]))
 
 

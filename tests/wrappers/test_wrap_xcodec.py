@@ -197,7 +197,7 @@ def test_bad_folders(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="no readable folder of transformers' XcodecModel"):
         open_xcodec(str(tmp_path))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'mmtok\[text\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'mmtok\[codecs\]'"):
         open_xcodec(str(folder))
 
 
