@@ -279,6 +279,9 @@ def _folder(name: str | Path) -> Path:
     if Path(text).is_dir():
         return Path(text)
     near = difflib.get_close_matches(text, available(), n=1, cutoff=0.5)
+    prefix, colon, source = text.partition(":")
+    close = difflib.get_close_matches(prefix.lower(), _family_homes(), n=1, cutoff=0.7) if colon else []
+    near = [f"{close[0]}:{source}"] if close else near
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
         f"unknown tokenizer {text!r}: {hint}expected one of {available()}, a checkpoint folder, hf:org/repo, or a "

@@ -279,3 +279,22 @@ def test_statistics_that_are_there_are_left_alone(shipped: Path):
     book.cluster_size.fill_(7)
     auto.revive_training_state(codec, [])
     assert book.cluster_size.unique().tolist() == [7]
+
+
+def test_a_family_misspelt_is_named():
+    for wrong, right in (("JPEG:50", "jpeg:50"), ("encodecs:a/b", "encodec:a/b"), ("x-codec2:a/b", "xcodec2:a/b")):
+        with pytest.raises(ValueError, match=f"did you mean '{right}'"):
+            mmtok.load(wrong)
+
+
+def test_installed_packages_add_families(monkeypatch):
+    """By an entry point; a name of mmtok's own cannot be taken."""
+    import importlib.metadata
+
+    entries = importlib.metadata.EntryPoints(
+        importlib.metadata.EntryPoint(name, "mmtok.wrappers.classical_images:WEBP", "mmtok.families")
+        for name in ("theirs", "jpeg")
+    )
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries)
+    assert mmtok.families("theirs")["theirs"].name == "webp" and mmtok.families()["jpeg"].name == "jpeg"
+    assert mmtok.load("theirs:50").spec.name == "webp:50"
