@@ -238,10 +238,10 @@ def describe(tokens: Tokens) -> str:
         # Tokens cut by --num-tokens tell of the beginning only, and their rate is that of the beginning. Bytes have no
         # rate of their own, and where chunks carry a loudness a position stands for all channels.
         streams = 1 if "scale" in tokens.side else channels
-        whole = spec.frame_rate is None or spec.codebook_sizes == (256,)
-        told = seconds if whole else min(seconds, T / streams / spec.frame_rate)
-        rate = f"{bits / told / 1000:.2f} kbit/s" if told else "no sound"
-        parts = [f"{seconds:.2f} s, {side['sample_rate']} Hz, {channels} channel{'s' * (channels > 1)}", rate]
+        rate = None if spec.codebook_sizes == (256,) else spec.frame_rate
+        told = min(seconds, T / streams / rate) if rate else seconds
+        cost = f"{bits / told / 1000:.2f} kbit/s" if told else "no sound"
+        parts = [f"{seconds:.2f} s, {side['sample_rate']} Hz, {channels} channel{'s' * (channels > 1)}", cost]
     grid = f"{spec.num_codebooks} levels x {T} positions = {count} tokens"
     return ", ".join([spec.name, *parts[:1], grid, f"{bits:.0f} bits = {bits / 8:.0f} bytes", *parts[1:]])
 
