@@ -38,7 +38,7 @@ REQUIRED = {
 EXTRAS = {
     "fast": ("numba",),
     "audio-metrics": ("pesq", "pystoi"),
-    "lm": ("transformers", "tokenizers"),
+    "lm": ("transformers", "tokenizers", "datasets", "peft"),
     "data": ("av",),
     "codecs": ("transformers", "diffusers", "snac", "speechtokenizer", "pycodec2"),
     "bench": ("vector-quantize-pytorch", "transformers", "faiss-cpu", "matplotlib"),

@@ -41,7 +41,8 @@ RANKS = {
 INSIDE_FUNCTIONS = {
     *("torchaudio", "torchvision", "triton", "soundfile", "pesq", "pystoi", "transformers", "tokenizers", "PIL", "av"),
     *("torchmetrics", "timm", "huggingface_hub", "scipy", "matplotlib", "pandas", "skimage"),
-    *("numba", "llvmlite", "faiss", "vector_quantize_pytorch"),
+    *("numba", "llvmlite", "faiss", "vector_quantize_pytorch", "faster_whisper", "jiwer", "pocketsphinx"),
+    *("snac", "speechtokenizer", "diffusers", "pycodec2", "datasets", "peft"),
 }
 # Compiled kernels live in a folder of their own, imported when such a kernel runs.
 COMPILED = {"triton": {"triton"}, "numba": {"numba", "llvmlite"}}
