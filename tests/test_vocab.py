@@ -4,108 +4,22 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmtok.tokens import Tokens, TokensError, TokenSpec
 from mmtok.vocab import LAYOUTS, Grammar, Vocab
 
-QUICK = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float32, torch.float64]
-DTYPES += [torch.float16, torch.complex64, torch.uint16]
+sys.path.insert(0, str(Path(__file__).parent / "vocab"))
 
-
-class ByteTokenizer:
-    """A text tokenizer with one id a UTF-8 byte, called the way Hugging Face's are."""
-
-    clean_up_tokenization_spaces = True
-
-    def __len__(self) -> int:
-        return 256
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        assert not add_special_tokens
-        return list(text.encode())
-
-    def decode(self, token_ids: list[int], clean_up_tokenization_spaces: bool = True) -> str:
-        text = bytes(token_ids).decode("utf-8", "replace")
-        return text.replace(" ,", ",") if clean_up_tokenization_spaces else text
-
-
-def spec_of(modality: str, sizes: tuple[int, ...], strides: tuple[int, ...] = (), name: str = "x") -> TokenSpec:
-    rate, count = (50.0, None) if modality == "audio" else (None, 64)
-    return TokenSpec(f"{modality}-{name}", modality, sizes, strides, rate, count, fingerprint=f"{modality}{name}")
-
-
-def tokens_of(spec: TokenSpec, T: int, seed: int = 0, side: dict[str, torch.Tensor] | None = None) -> Tokens:
-    rng = np.random.default_rng(seed)
-    rows = [
-        np.repeat(rng.integers(0, k, -(-T // s)), s)[:T]
-        for k, s in zip(spec.codebook_sizes, spec.level_strides, strict=True)
-    ]
-    codes = torch.from_numpy(np.stack(rows).astype(np.int64))[None]
-    return Tokens(codes, torch.tensor([T]), spec, side or {})
-
-
-def assert_same(got: object, want: object) -> None:
-    if not isinstance(want, Tokens):
-        assert got == want
-        return
-    assert isinstance(got, Tokens)
-    assert got.spec == want.spec and torch.equal(got.codes, want.codes) and torch.equal(got.lengths, want.lengths)
-    assert list(got.side) == list(want.side)
-    for name, value in want.side.items():
-        mine = got.side[name]
-        assert mine.dtype == value.dtype and mine.shape == value.shape, name
-        as_bytes = [v.contiguous().reshape(-1).view(torch.uint8) for v in (mine, value)]
-        assert torch.equal(*as_bytes), name  # bytes, so that a NaN equals itself
-
-
-@st.composite
-def sides(draw: st.DrawFn) -> dict[str, torch.Tensor]:
-    side = {
-        name: torch.tensor([draw(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 70_000))])
-        for name in draw(st.sets(st.sampled_from(["num_samples", "sample_rate", "height", "width", "channels", "hop"])))
-    }
-    for name in draw(st.sets(st.sampled_from(["scale", "height", "größe", "levels", "x" * 200, ""]), max_size=2)):
-        dtype, shape = draw(st.sampled_from(DTYPES)), draw(st.lists(st.integers(0, 3), max_size=3))
-        raw = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, int(np.prod(shape)) * dtype.itemsize)
-        if dtype == torch.bool:
-            raw %= 2
-        data = bytearray(raw.astype(np.uint8).tobytes())
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        side[name] = flat.reshape(1, *shape)
-    return side
-
-
-@st.composite
-def cases(draw: st.DrawFn, text: bool = True) -> tuple[Vocab, list]:
-    """A vocab of random specs and layouts, and segments for it, adjacent texts already merged."""
-    layout, specs = {}, {}
-    for modality in draw(st.sampled_from([("image",), ("audio",), ("image", "audio")])):
-        layout[modality] = draw(st.sampled_from(sorted(LAYOUTS)))
-        Q = draw(st.integers(1, 8))
-        sizes = tuple(draw(st.lists(st.sampled_from([2, 3, 7, 1031]), min_size=Q, max_size=Q)))
-        strides = tuple(draw(st.lists(st.sampled_from([1, 1, 2, 3, 4]), min_size=Q, max_size=Q)))
-        specs[modality] = spec_of(modality, sizes, () if layout[modality] == "delay" else strides)
-    tokenizer = ByteTokenizer() if draw(st.booleans()) else None
-    vocab = Vocab(text=tokenizer or draw(st.integers(1, 300)), layout=layout, **specs)
-    parts = []
-    for _ in range(draw(st.integers(0, 4))):
-        after_text = bool(parts) and not isinstance(parts[-1], Tokens)
-        if text and not after_text and draw(st.booleans()):
-            ids = st.lists(st.integers(0, vocab.text_size - 1), min_size=1, max_size=5)
-            parts.append(draw(st.text(min_size=1, max_size=5) if tokenizer else ids))
-            continue
-        spec = specs[draw(st.sampled_from(sorted(specs)))]
-        spec = spec.keep(draw(st.integers(1, spec.num_codebooks)))
-        parts.append(tokens_of(spec, draw(st.integers(0, 7)), draw(st.integers(0, 99)), draw(sides())))
-    return vocab, parts
+from vocab_cases import QUICK, ByteTokenizer, assert_same, cases, cells_by_definition, spec_of, tokens_of
 
 
 def reads(vocab: Vocab, ids: list[int]) -> str | None:
@@ -208,22 +122,11 @@ def test_texts_are_joined_and_empty_ones_vanish():
 # ---------------------------------------------------------------------------------------------------------- layouts
 
 
-def cells_by_definition(name: str, strides: tuple[int, ...], T: int) -> list[tuple[int, int] | None]:
-    """(level, position) in writing order, None for an empty cell, by plain loops."""
-    Q = len(strides)
-    if name == "flatten":
-        return [(q, t) for t in range(T) for q in range(Q) if t % strides[q] == 0]
-    if name == "coarse_first":
-        return [(q, t) for q in range(Q) for t in range(0, T, strides[q])]
-    steps = range(T + Q - 1 if T else 0)
-    return [(q, step - q) if 0 <= step - q < T else None for step in steps for q in range(Q)]
-
-
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 @pytest.mark.parametrize("T", [0, 1, 2, 5, 8])
 @pytest.mark.parametrize("strides", [(1,), (1, 1), (1, 1, 1, 1), (4, 2, 1), (2, 3)])
 def test_layouts_follow_their_definition(name, T, strides):
-    if name == "delay":
+    if "delay" in name:
         strides = (1,) * len(strides)
     spec = spec_of("audio", (3, 5, 7, 11)[: len(strides)], strides)
     vocab, tokens = Vocab(20, audio=spec, layout=name), tokens_of(spec, T, seed=T)
@@ -247,6 +150,10 @@ def test_the_written_form_stays_what_it_is():
         "flatten": [269, 275, 270, 276],
         "coarse_first": [269, 270, 275, 276],
         "delay": [269, 268, 270, 275, 268, 276],
+        "partial_delay": [269, 268, 270, 275, 268, 276],
+        "delay:0,0,7": [269, 275, 270, 276],
+        "delay:1,0,1": [268, 275, 269, 276, 270, 268],
+        "frame:1,0,2": [275, 269, 276, 270],
     }
     for layout, body in bodies.items():
         assert Vocab(10, audio=spec, layout=layout).pack([[7], tokens]) == [7, 266, *header, *body, 267]

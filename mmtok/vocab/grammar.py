@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from mmtok.tokens import TokensError
 from mmtok.vocab.block import Block
 from mmtok.vocab.header import read_header
-from mmtok.vocab.layouts import END, Layout
+from mmtok.vocab.layouts import Walker
 
 if TYPE_CHECKING:
     from mmtok.vocab.vocab import Vocab
@@ -44,7 +44,7 @@ class Grammar:
                 raise ValueError(f"num_codebooks: expected at most {known} levels, got {modality}: {count}")
         self.position = position
         self._block: Block | None = None  # the open segment
-        self._walkers: list[Layout] = []  # one for each number of levels that the open segment may still have
+        self._walkers: list[Walker] = []  # one for each number of levels that the open segment may still have
         self._reader, self._request, self._bytes = None, None, bytearray()
 
     @property
@@ -74,34 +74,57 @@ class Grammar:
         """`allowed` in words."""
         return " or ".join(self._vocab.words(r) for r in self.allowed())
 
+    @property
+    def in_header(self) -> bool:
+        """True where only a byte of a header may come next."""
+        return self._request is not None and not self._walkers
+
+    def allows(self, i: int) -> bool:
+        """True if id ``i`` may come next."""
+        return any(i in r for r in self.allowed())
+
+    def follow(self, choices: Iterable[int]) -> int:
+        """Push cells of the open segment (levels or PAD) up to the first that may not come next; how many were taken.
+
+        As `push` of their ids, some ten times faster.
+        """
+        walkers, count = self._walkers, 0
+        for choice in choices:
+            agreeing = [w for w in walkers if choice in w.choices()]
+            if not agreeing:
+                break
+            for walker in agreeing:
+                walker.push(choice)
+            walkers, count = agreeing, count + 1
+        if count:
+            self._walkers, self._request = walkers, None
+            self.position += count
+        return count
+
     def push(self, i: int) -> None:
         """Take the next id; TokensError if it may not stand here."""
-        if not any(i in r for r in self.allowed()):
+        if not self.allows(i):
             got = f"{i} ({self._vocab.label(i)})" if 0 <= i < self._vocab.size else f"{i}, no id of this vocab"
             raise TokensError(f"position {self.position}: expected {self.expected()}, got {got}")
+        block, byte = self._block, self._vocab.ranges.get("byte", range(0))
+        if block is not None and i not in byte and i != block.end:
+            self.follow([block.choice(i)])
+            return
         self.position += 1
-        block = self._block
         if block is None:
             if i >= self._vocab.text_size:
                 self._open(next(b for b in self._vocab.blocks.values() if b.begin == i))
-        elif i in self._vocab.ranges["byte"]:
-            self._push_byte(block, i - self._vocab.ranges["byte"].start)
+        elif i == block.end:
+            self._block, self._walkers, self._request = None, [], None
         else:
-            self._request = None
-            choice = block.choice(i)
-            if choice == END:
-                self._block, self._walkers = None, []
-            else:
-                self._walkers = [w for w in self._walkers if choice in w.choices()]
-                for walker in self._walkers:
-                    walker.push(choice)
+            self._push_byte(block, i - byte.start)
 
     def _open(self, block: Block) -> None:
         self._block = block
         if self._header is not True:
             count = self._pinned.get(block.spec.modality)
             counts = [count] if count else range(1, len(block.levels) + 1)
-            self._walkers = [block.layout(block.spec.level_strides[:q]) for q in counts]
+            self._walkers = [block.layout.walk(block.spec.level_strides[:q]) for q in counts]
         if self._header is not False:
             self._reader = read_header(len(block.levels))
             self._request = next(self._reader)
@@ -116,5 +139,5 @@ class Grammar:
             self._request = self._reader.send(bytes(self._bytes))
         except StopIteration as done:
             self._request, (levels, length, _) = None, done.value
-            self._walkers = [block.layout(block.spec.level_strides[:levels], length)]
+            self._walkers = [block.layout.walk(block.spec.level_strides[:levels], length)]
         self._bytes.clear()

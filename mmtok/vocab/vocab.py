@@ -6,6 +6,7 @@ itself what it is, and one that stands in the wrong place is an error that names
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
@@ -14,9 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from mmtok.tokens import Tokens, TokensError, TokenSpec
-from mmtok.vocab.block import Block
+from mmtok.vocab.block import BEGIN, BYTE, END_MARK, TEXT, UNKNOWN, Block, Scan
 from mmtok.vocab.grammar import Grammar
-from mmtok.vocab.layouts import LAYOUTS, PAD
+from mmtok.vocab.layouts import MAX_LEVELS, PAD, read_layout
+from mmtok.vocab.salvage import Salvaged, Salvager, SalvageReport
 
 MAX_CODEBOOK_SIZE = 2**20
 
@@ -36,7 +38,9 @@ class Vocab:
         text: number of text ids (text segments are lists of ids), or a Hugging Face tokenizer (they are str).
         image: the ``spec`` of an image tokenizer; ``spec.keep(k)`` makes room for its first k levels only.
         audio: the ``spec`` of an audio tokenizer.
-        layout: ``flatten`` (default), ``delay`` or ``coarse_first``, for both or as {modality: layout}.
+        layout: ``flatten`` (default), ``coarse_first``, ``delay``, ``partial_delay``, ``delay:0,1,3`` (a delay each
+            level) or ``frame:0,1,2,2,1,2,2`` (order of the levels in one group of positions), for both modalities or
+            as {modality: layout}; see `mmtok.vocab.layouts`.
 
     ``size`` counts all ids, ``ranges`` maps a name (``text``, ``byte``, ``<image>``, ``image_0`` ...) to its ids.
     """
@@ -58,9 +62,9 @@ class Vocab:
         if unknown := set(given) - set(specs):
             raise ValueError(f"layout: expected only modalities with a spec {sorted(specs)}, got {sorted(unknown)}")
         self.ranges = {"text": range(self.text_size)}
-        self._groups, self._levels = [0], [PAD]  # of each range; 0 text, 1 bytes, 2 begin, 3 end, 4.. a block's cells
+        self._groups, self._levels = [TEXT], [PAD]  # of each range
         if specs:
-            self._add("byte", 256, 1)
+            self._add("byte", 256, BYTE)
         self.blocks = {modality: self._add_block(modality, spec) for modality, spec in specs.items()}
         self._names, self._starts = list(self.ranges), [r.start for r in self.ranges.values()]
         self.size = self.ranges[self._names[-1]].stop
@@ -76,24 +80,19 @@ class Vocab:
         if not isinstance(spec, TokenSpec) or spec.modality != modality:
             raise ValueError(f"{modality}: expected the spec of an {modality} tokenizer (tok.spec), got {spec!r}")
         Q, K, layout = spec.num_codebooks, max(spec.codebook_sizes), self.layouts[modality]
-        if K > MAX_CODEBOOK_SIZE or Q > 255:
+        if K > MAX_CODEBOOK_SIZE or Q > MAX_LEVELS:
             raise ValueError(
-                f"{modality}: expected at most 255 levels of at most {MAX_CODEBOOK_SIZE} codes, got {Q} levels of up "
-                f"to {K}; split large codes into several levels (bits_per_code of the binary tokenizers)"
+                f"{modality}: expected at most {MAX_LEVELS} levels of at most {MAX_CODEBOOK_SIZE} codes, got {Q} "
+                f"levels of up to {K}; split large codes into several levels (bits_per_code of the binary tokenizers, "
+                f"or mmtok.vocab.BitSplit)"
             )
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout: expected one of {sorted(LAYOUTS)} for {modality}, got {layout!r}")
-        if layout == "delay" and set(spec.level_strides) != {1}:
-            raise ValueError(
-                f"layout: delay needs every level at every position, but {spec.name!r} has the strides "
-                f"{spec.level_strides}; use flatten or coarse_first"
-            )
-        group = max(3, *self._groups) + 1
-        begin, end = self._add(f"<{modality}>", 1, 2).start, self._add(f"</{modality}>", 1, 3).start
+        order = read_layout(layout, spec.level_strides, f"{modality}={spec.name!r}")
+        group = max(END_MARK, *self._groups) + 1
+        begin, end = self._add(f"<{modality}>", 1, BEGIN).start, self._add(f"</{modality}>", 1, END_MARK).start
         pad = self._add(f"{modality}_pad", 1, group).start
         digits = len(str(Q - 1))
         levels = [self._add(f"{modality}_{q:0{digits}}", k, group, q) for q, k in enumerate(spec.codebook_sizes)]
-        return Block(spec, LAYOUTS[layout], group, begin, end, pad, tuple(levels))
+        return Block(spec, order, group, begin, end, pad, tuple(levels))
 
     def __repr__(self) -> str:
         specs = "".join(f", {m}={b.spec.name!r} {self.layouts[m]}" for m, b in self.blocks.items())
@@ -129,7 +128,8 @@ class Vocab:
             if isinstance(part, str):
                 text += part  # joined before it is encoded, since unpack cannot know where one str ended
                 continue
-            out.append(self._encode_text(text, n - 1))
+            if text:
+                out.append(self._encode_text(text, n - 1))
             out.append(self._encode_tokens(part, n, header) if isinstance(part, Tokens) else self._encode_text(part, n))
             text = ""
         return np.concatenate([*out, self._encode_text(text, n)]).tolist()
@@ -150,13 +150,12 @@ class Vocab:
         if len(tokens) != 1:
             raise TokensError(f"segment {n}: expected Tokens of one item, got {len(tokens)}; pack tokens[i] for each i")
         tokens.check(block.spec)
-        if spec != (mine := block.spec.keep(spec.num_codebooks)):
+        if spec != block.spec and spec != (mine := block.spec.keep(spec.num_codebooks)):
             raise TokensError(f"segment {n}: expected Tokens of {mine}, got {spec}; build the vocab with this spec")
         codes = tokens.codes[0, :, : int(tokens.lengths[0])].cpu().numpy()
         T = codes.shape[1]
         for q, s in enumerate(spec.level_strides):
-            bad = np.flatnonzero(codes[q] != np.repeat(codes[q, ::s], s)[:T])
-            if len(bad):
+            if s > 1 and len(bad := np.flatnonzero(codes[q] != np.repeat(codes[q, ::s], s)[:T])):
                 raise TokensError(
                     f"segment {n}: level {q} has stride {s}, expected position {bad[0]} to repeat the code of position "
                     f"{bad[0] // s * s}, {codes[q, bad[0] // s * s]}, got {codes[q, bad[0]]}"
@@ -169,32 +168,63 @@ class Vocab:
         Raises TokensError that names the position, what was expected there and what was found.
         """
         array = _flat_ids(ids, self.size, "expected a flat list of ids")
-        which = np.searchsorted(self._starts, array, side="right") - 1
-        group, level = np.array(self._groups)[which], np.array(self._levels)[which]
-        bounds = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(array)]  # where each run of one group stops
-
-        def run(i: int, wanted: int) -> int:
-            return bounds[bisect_right(bounds, i)] if i < len(array) and group[i] == wanted else i
-
-        openers = {block.begin: block for block in self.blocks.values()}
-        parts: list[str | list[int] | Tokens] = []
-        i = 0
+        scan, parts, i = self.scan(array), [], 0
         while i < len(array):
-            if (stop := run(i, 0)) > i:
+            if (stop := scan.run(i, TEXT)) > i:
                 parts.append(self._decode_text(array[i:stop].tolist()))
                 i = stop
                 continue
-            if (block := openers.get(int(array[i]))) is None:
-                self._explain(array, i)
-            head = run(i + 1, 1)
-            stop = run(head, block.group)
-            header = array[i + 1 : head] - self.ranges["byte"].start
-            tokens = block.read(header, array[head:stop], level[head:stop])
-            if tokens is None or stop == len(array) or array[stop] != block.end:
-                self._explain(array, i)
+            tokens, _, stop = self.segment(array, scan, i)
+            if tokens is None:
+                self._explain(array, scan, i)
             parts.append(tokens)
             i = stop + 1
         return parts
+
+    def salvage(
+        self,
+        ids: Sequence[int] | np.ndarray | Tensor,
+        policy: str = "repair",
+        num_codebooks: Mapping[str, int] | None = None,
+    ) -> Salvaged:
+        """What can be read of a sequence that a model cut or damaged, and a report that names all that was dropped.
+
+        Where `unpack` reads the ids, the parts are those of `unpack` and the report has no items. Packing the parts
+        again is always valid.
+
+        Args:
+            ids: integers of any size; those the vocab does not have are dropped.
+            policy: ``repair`` keeps the valid beginning of a damaged segment, ``drop`` nothing of it; the policy in
+                full is the docstring of `mmtok.vocab.salvage`.
+            num_codebooks: levels of a segment without header, {modality: count}, as for `grammar`: then a beginning
+                with fewer levels is not taken.
+
+        Raises TokensError for what is no flat list of integers, and nothing for flat lists.
+        """
+        array = _flat_ids(ids, None, "expected a flat list of ids")
+        salvager = Salvager(self, array, ids, policy, num_codebooks)
+        parts = [p if isinstance(p, Tokens) else self._decode_text(p) for p in salvager.parts()]
+        return Salvaged(parts, SalvageReport(tuple(salvager.items)))
+
+    def scan(self, array: np.ndarray) -> Scan:
+        """What each id of a sequence (S,) int64 is."""
+        which = np.searchsorted(self._starts, array, side="right") - 1
+        group, level = np.array(self._groups)[which], np.array(self._levels)[which]
+        unknown = (array < 0) | (array >= self.size)
+        group[unknown], level[unknown] = UNKNOWN, PAD
+        return Scan(group, level, [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(array)])
+
+    def segment(self, array: np.ndarray, scan: Scan, i: int) -> tuple[Tokens | None, int, int]:
+        """Tokens of the segment at ``i``, None if it is none; where its header stops; where its end marker must be."""
+        block = next((b for b in self.blocks.values() if b.begin == array[i]), None)
+        if block is None:
+            return None, i, i
+        head = scan.run(i + 1, BYTE)
+        stop = scan.run(head, block.group)
+        if stop == len(array) or array[stop] != block.end:
+            return None, head, stop
+        header = array[i + 1 : head] - self.ranges["byte"].start
+        return block.read(header, array[head:stop], scan.level[head:stop]), head, stop
 
     def _decode_text(self, ids: list[int]) -> str | list[int]:
         if self.tokenizer is None:
@@ -234,10 +264,15 @@ class Vocab:
         last = f"..{ids[-1]}" if len(ids) > 1 else ""
         return f"{self._words(bisect_right(self._starts, ids[0]) - 1)} ({ids[0]}{last})"
 
-    def _explain(self, array: np.ndarray, start: int) -> NoReturn:
-        """Raise the error of the segment at ``start``: walk it id by id to the first that is out of place."""
+    def _explain(self, array: np.ndarray, scan: Scan, start: int) -> NoReturn:
+        """Raise the error of the segment at ``start``: walk it to the first id that is out of place."""
         grammar = Grammar(self, position=start)
-        for i in array[start:].tolist():
+        head = scan.run(start + 1, BYTE)
+        for i in array[start:head].tolist():
+            grammar.push(i)
+        stop = scan.run(head, next(b.group for b in self.blocks.values() if b.begin == array[start]))
+        taken = grammar.follow(scan.level[head:stop].tolist())
+        for i in array[head + taken :].tolist():
             grammar.push(i)
             if grammar.complete:
                 break
@@ -247,8 +282,8 @@ class Vocab:
         )
 
 
-def _flat_ids(ids: Any, size: int, what: str) -> np.ndarray:
-    """``ids`` as int64 (n,); TokensError naming the first that is no integer in 0..size-1."""
+def _flat_ids(ids: Any, size: int | None, what: str) -> np.ndarray:
+    """``ids`` as int64 (n,); TokensError naming the first that is no integer in 0..size-1 (None: any; vast ones -1)."""
     values = ids.tolist() if isinstance(ids, Tensor) else ids
     try:
         array = np.asarray(values)
@@ -256,10 +291,14 @@ def _flat_ids(ids: Any, size: int, what: str) -> np.ndarray:
         raise TokensError(f"{what}, got {type(ids).__name__} of several axes") from e
     if array.ndim != 1:
         raise TokensError(f"{what}, got {type(ids).__name__} with {array.ndim} axes")
+    low, high = (-math.inf, math.inf) if size is None else (0, size - 1)
     if array.dtype.kind in "iu":
-        bad = np.flatnonzero((array < 0) | (array >= size))[:1].tolist()
+        bad = [] if size is None else np.flatnonzero((array < 0) | (array >= size))[:1].tolist()
     else:
-        bad = [n for n, i in enumerate(values) if type(i) is not int or not 0 <= i < size][:1]
+        bad = [n for n, i in enumerate(values) if type(i) is not int or not low <= i <= high][:1]
     if bad:
-        raise TokensError(f"{what}; position {bad[0]}: expected an integer in 0..{size - 1}, got {values[bad[0]]!r}")
+        legal = "" if size is None else f" in 0..{size - 1}"
+        raise TokensError(f"{what}; position {bad[0]}: expected an integer{legal}, got {values[bad[0]]!r}")
+    if array.dtype.kind not in "iu" and len(array):  # integers past 64 bits among them
+        return np.array([i if 0 <= i < 2**62 else -1 for i in values], np.int64)
     return array.astype(np.int64)

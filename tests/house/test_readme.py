@@ -67,6 +67,22 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | paths
 
 
+def make_llama(folder: Path) -> None:
+    """A tiny language model with its tokenizer, for the blocks that have one of the reader's own."""
+    import tokenizers
+    import transformers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def run(command: list[str], folder: Path, env: dict[str, str], what: str) -> None:
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"README.md, {what}:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
@@ -88,6 +104,7 @@ def test_readme_code_runs(tmp_path: Path):
     work.mkdir()
     shutil.copyfile(PACKAGE / "assets" / "chelsea.jpg", work / "photo.jpg")
     shutil.copyfile(PACKAGE / "assets" / "speech.flac", work / "speech.flac")
+    make_llama(work / "my-llama")
     env, ran = environment(tmp_path), 0
     for block in readme():
         if block.language == "python":
