@@ -23,9 +23,12 @@ _HOMES = {
     "card": "mmtok.auto",
     "families": "mmtok.auto",
     "check": "mmtok.bench.laws",
+    "extend": "mmtok.lm.extend",
+    "MultimodalProcessor": "mmtok.lm.processor",
 }
 __all__ = [
     "CheckpointError",
+    "MultimodalProcessor",
     "TokenSpec",
     "Tokenizer",
     "Tokens",
@@ -34,6 +37,7 @@ __all__ = [
     "available",
     "card",
     "check",
+    "extend",
     "families",
     "load",
 ]
@@ -41,6 +45,8 @@ __all__ = [
 if TYPE_CHECKING:
     from mmtok.auto import available, card, families, load
     from mmtok.bench.laws import check
+    from mmtok.lm.extend import extend
+    from mmtok.lm.processor import MultimodalProcessor
     from mmtok.tokenizer import CheckpointError, Tokenizer
     from mmtok.tokens import Tokens, TokensError, TokenSpec
     from mmtok.vocab import Vocab

@@ -109,11 +109,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="what fetch_data.py made, or your own manifest")
     parser.add_argument("--out", type=Path, default=Path("runs/lm"), help="states and cached codes")
     parser.add_argument("--results", type=Path, help="where tables and page go (default: --out)")
-    parser.add_argument("--steps", type=int, default=1000, help="steps on all documents (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="steps on all documents (default %(default)s)")
     parser.add_argument("--text-steps", type=int, default=300, help="steps on texts alone before (default %(default)s)")
     parser.add_argument("--compare", action="store_true", help="also compare the rules for new embeddings")
     parser.add_argument("--compare-steps", type=int, default=80, help="steps of each (default %(default)s)")
-    parser.add_argument("--init", choices=INITS, default="mean_covariance", help="new embeddings (default %(default)s)")
+    parser.add_argument("--init", choices=INITS, default="projected", help="new embeddings (default %(default)s)")
     parser.add_argument("--lm", metavar="DIR", help="a local pretrained causal LM and its tokenizer")
     parser.add_argument("--lora", type=int, metavar="R", help="LoRA of rank R by peft; embeddings and head still train")
     parser.add_argument("--width", type=int, default=256)
@@ -177,7 +177,7 @@ def main() -> None:
     scores["valid"] = validity(writer, pairs, "test", max(3, args.items // 5), limits)
     cells, main_table, init_table = tables(scores)
     results.mkdir(parents=True, exist_ok=True)
-    count = 2 if args.smoke else 10
+    count = 2 if args.smoke else 5
     scores["written"] = write_page(results / "lm-multimodal.html", writer, pairs, image, audio, cells, count)
     write_text(results / "lm-multimodal.json", json.dumps(scores, indent=1) + "\n")
     write_text(results / "lm-multimodal.md", f"{main_table}\n\n{init_table}\n")

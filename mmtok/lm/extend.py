@@ -84,6 +84,11 @@ def extend(
         ValueError: names or ids clash, the model lacks rows of text ids, or the rule cannot be carried out. Model and
             tokenizer are unchanged then. ImportError: transformers or tokenizers is missing.
     """
+    if getattr(model.config, "mmtok", None) == record_of(vocab):
+        raise ValueError(
+            "model: expected one without this vocab, got one that was extended with it, whose rows would be drawn anew; "
+            "read its vocab with saved_vocab(model), or `del model.config.mmtok` to begin again"
+        )
     embedding, head = _matrices(model)
     V, N = vocab.text_size, vocab.size - vocab.text_size
     if N == 0:

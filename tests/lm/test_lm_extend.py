@@ -128,6 +128,20 @@ def test_several_models_share_one_tokenizer():
         check_tokenizer(text_tokenizer(), vocab)
 
 
+def test_a_model_is_not_extended_twice():
+    """Rows that were trained would be drawn anew without a word."""
+    tokenizer = text_tokenizer()
+    vocab, model = vocab_on(tokenizer), llama(len(tokenizer))
+    extend(model, tokenizer, vocab)
+    before = rows_of(model)[0].clone()
+    with pytest.raises(ValueError, match=r"expected one without this vocab.*saved_vocab\(model\)"):
+        extend(model, tokenizer, vocab)
+    assert torch.equal(rows_of(model)[0], before)
+    del model.config.mmtok
+    extend(model, tokenizer, vocab)
+    assert not torch.equal(rows_of(model)[0], before)
+
+
 def test_markers_that_text_has_already_get_another_name():
     tokenizer = text_tokenizer(words=("<image>", "<|image_pad|>", "<|audio_0_00003"))  # the last is a mere prefix
     vocab, model = vocab_on(tokenizer), llama(len(tokenizer))
