@@ -86,7 +86,7 @@ def extend(
     """
     if getattr(model.config, "mmtok", None) == record_of(vocab):
         raise ValueError(
-            "model: expected one without this vocab, got one that was extended with it, whose rows would be drawn anew; "
+            "model: expected one without this vocab, got one that was extended with it: its rows would be drawn anew; "
             "read its vocab with saved_vocab(model), or `del model.config.mmtok` to begin again"
         )
     embedding, head = _matrices(model)
