@@ -12,7 +12,7 @@ Scores:    bits a frame and a second of held-out clips, their ends included, wit
            paired against flat; 16 drawn clips: length, share that ended by itself, share that is valid (in range, and
            decoded to finite sound of its length), codes in use.
 Hardware:  one CPU core, eight and a half minutes, of which the codes take nearly two.
-Result:    recipes/results/claim-heads.json and .md. Bits a frame: flat 30.5, delay 29.5, parallel 29.6, depth 29.4 at
+Result:    recipes/results/lm-heads.json and .md. Bits a frame: flat 30.5, delay 29.5, parallel 29.6, depth 29.4 at
            2.9 TFLOP each (one seed). The end costs them nothing: the last code of level 0 is 437 in every clip.
 """
 
@@ -305,13 +305,13 @@ def write_results(rows: dict[str, dict[str, Any]], about: dict[str, Any], folder
     print(text)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        result = {"claim": "claim-heads", **about, "variants": rows}
-        write_atomic(folder / "claim-heads.json", (json.dumps(result, indent=1) + "\n").encode())
+        result = {"name": "lm-heads", **about, "variants": rows}
+        write_atomic(folder / "lm-heads.json", (json.dumps(result, indent=1) + "\n").encode())
         lead = (
-            f"# claim-heads\n\nFirst {about['levels']} levels of {about['codes']}, {about['bits_nominal']:.0f} bits a "
+            f"# lm-heads\n\nFirst {about['levels']} levels of {about['codes']}, {about['bits_nominal']:.0f} bits a "
             f"frame as they stand; {about['count']} held-out clips.\nBrackets: 95 % bootstrap intervals over clips.\n\n"
         )
-        write_atomic(folder / "claim-heads.md", (lead + text + "\n").encode())
+        write_atomic(folder / "lm-heads.md", (lead + text + "\n").encode())
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from speaking.learning import Settings, documents, packed_rows, small_llama, text_tokenizer, train
 from speaking.pairs import Pairs, picture_pairs, smoke_pairs, speech_pairs, write_text
 from speaking.scoring import summary, validation
@@ -169,6 +170,8 @@ def main() -> None:
     settings = Settings(args.steps, args.batch_size, args.length, args.lr, seed=args.seed)
     at = tuple(range(0, args.steps, max(1, args.steps // 8)))
     scores["log"] = train(model, rows, settings, args.out / "main", args.resume, lambda m: validation(m, held), at)
+    if not PartialState().is_main_process:
+        return
     model.eval()
     frame_rate = float(audio.spec.frame_rate or 0)
     scores["test"] = summary(model, vocab, eos, pairs, "test", args.items, frame_rate)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmtok.tokens import write_atomic
+from mmtok.training.loop import start_accelerator
 from mmtok.vocab import Vocab
 from speaking.pairs import Pairs
 
@@ -120,9 +121,9 @@ def loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def batch_at(rows: dict[str, Tensor], step: int, settings: Settings) -> dict[str, Tensor]:
-    """The rows of a step, a function of (seed, step): a run that was killed goes on with the same ones."""
-    rng = np.random.default_rng([settings.seed, step])
+def batch_at(rows: dict[str, Tensor], step: int, settings: Settings, rank: int = 0) -> dict[str, Tensor]:
+    """The rows of a step, a function of (seed, step, rank): a run that was killed goes on with the same ones."""
+    rng = np.random.default_rng([settings.seed, step, *([rank] if rank else [])])
     chosen = torch.from_numpy(rng.integers(len(rows["input_ids"]), size=settings.batch_size))
     return {k: v[chosen] for k, v in rows.items()}
 
@@ -151,14 +152,16 @@ def train(
         out: folder of the state and of ``log.jsonl``.
         validate: called with the model at the steps ``at`` and at the end; what it returns is logged.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision="bf16" if accelerates_bf16() else "no")
+    accelerator = start_accelerator()
+    bf16 = accelerates_bf16()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
     model, optimizer = accelerator.prepare(model, optimizer)
     log: list[dict[str, float]] = []
     start = 0
+    former = out / f"{SHARD}.former"
+    if resume and former.is_dir() and not (out / SHARD).is_dir():  # killed between two renames
+        os.replace(former, out / SHARD)
     if resume and (out / SHARD / "about.json").is_file():
         about = json.loads((out / SHARD / "about.json").read_text())
         if about["settings"] != asdict(settings):
@@ -173,10 +176,12 @@ def train(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, settings)
-        batch = {k: v.to(accelerator.device) for k, v in batch_at(rows, step, settings).items()}
+        batch = {
+            k: v.to(accelerator.device) for k, v in batch_at(rows, step, settings, accelerator.process_index).items()
+        }
         if validate is not None and step in at:
             log.append({"step": step, **validated(model, validate)})
-        with accelerator.autocast():
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
             loss = loss_of(model, batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, 1.0)
@@ -191,7 +196,8 @@ def train(
             save_state(accelerator, out, {"step": step + 1, "settings": asdict(settings), "log": log})
     if validate is not None and not (log and log[-1].get("step") == settings.steps):
         log.append({"step": settings.steps, **validated(model, validate)})
-    write_atomic(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
+    if accelerator.is_main_process:
+        write_atomic(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
     return log
 
 
@@ -204,18 +210,22 @@ def validated(model: Any, validate: Callable[[Any], dict[str, float]]) -> dict[s
 
 
 def save_state(accelerator: Any, out: Path, about: dict[str, Any]) -> None:
-    """Written aside and renamed: a kill leaves the former state or this one."""
-    aside = out / f".{SHARD}"
-    shutil.rmtree(aside, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    """Written aside and renamed, by the first process: a kill leaves the former state or this one."""
+    aside, former = out / f".{SHARD}", out / f"{SHARD}.former"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(aside), safe_serialization=False)
-    write_atomic(aside / "about.json", json.dumps(about).encode())
-    former = out / f"{SHARD}.former"
-    shutil.rmtree(former, ignore_errors=True)
-    if (out / SHARD).is_dir():
-        os.replace(out / SHARD, former)
-    os.replace(aside, out / SHARD)
-    shutil.rmtree(former, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_atomic(aside / "about.json", json.dumps(about).encode())
+        shutil.rmtree(former, ignore_errors=True)
+        if (out / SHARD).is_dir():
+            os.replace(out / SHARD, former)
+        os.replace(aside, out / SHARD)
+        shutil.rmtree(former, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 def accelerates_bf16() -> bool:

@@ -44,6 +44,9 @@ def trained(out: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
 def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path: Path):
     whole = trained(tmp_path / "whole")
     half = trained(tmp_path / "killed", stop_at=4)  # after the state of step 3 was written
+    (tmp_path / "killed" / "state").rename(
+        tmp_path / "killed" / "state.former"
+    )  # as a kill between two renames leaves it
     resumed = trained(tmp_path / "killed")
     assert any(not torch.equal(half[k], v) for k, v in whole.items())
     assert all(torch.equal(resumed[k], v) for k, v in whole.items())
