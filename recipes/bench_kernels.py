@@ -40,7 +40,7 @@ from benching.report import markdown, plot, short_tables
 from benching.table import chosen
 from tqdm import tqdm
 
-from mmtok.bench.shipped import replace_block
+from mmtok.bench.tables import replace_block
 from mmtok.tokens import write_atomic
 
 # Blocks come from the heap, and the heap is never given back: a page is touched for the first time once.

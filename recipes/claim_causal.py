@@ -26,9 +26,9 @@ from imaging.features import bits_per_image, first_of_each_caption, hits, semant
 from imaging.grid import Training, Variant, arguments, run, scores_of, train_all
 from imaging.pictures import Captioned, SquareBatches, square
 from imaging.report import write_claim
+from imaging.scores import codebook_use
 from torch import Tensor
 
-from mmtok.bench.shipped import codebook_use
 from mmtok.image.causal1d import Causal1D
 from mmtok.image.raster2d import Raster2D
 from mmtok.metrics.image import psnr

@@ -25,9 +25,9 @@ from imaging.features import VISION, first_of_each_caption, hits, ridge, semanti
 from imaging.grid import Training, Variant, arguments, run, scores_of, train_all
 from imaging.pictures import Captioned, SquareBatches, square
 from imaging.report import interval, write_claim
+from imaging.scores import codebook_use
 from torch import Tensor
 
-from mmtok.bench.shipped import codebook_use
 from mmtok.image.dynamic import Dynamic
 from mmtok.metrics.image import psnr
 from mmtok.metrics.retrieval import linear_probe

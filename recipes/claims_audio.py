@@ -9,9 +9,10 @@ Claim 2:   the released training's faults (quantizers/rvq_legacy.py; one clip a 
            acoustic codec of 4 levels of 256 codes.
 Data:      training split of `python recipes/fetch_data.py --out data`; scored on its test split (an English voice and
            readers that no training saw), recognised by the networks of `fetch_data.py --helpers`.
-Scores:    PESQ-wb, STOI, SI-SDR, mel distance (45 clips of recipes/ship.py); word error rate of Whisper base and of
-           pocketsphinx on English prompts of four words or more; accuracy of a linear probe for the phone of a frame
-           (pocketsphinx's alignment), from the codes of level 1 and of all levels. 95 % bootstrap over clips and seeds.
+Scores:    PESQ-wb, STOI, SI-SDR, mel distance (45 clips: the benchmark's set `speech`); word error rate of Whisper
+           base and of pocketsphinx on English prompts of four words or more; accuracy of a linear probe for the phone
+           of a frame (pocketsphinx's alignment), from the codes of level 1 and of all levels. 95 % bootstrap over
+           clips and seeds.
 Hardware:  two CPU cores, one training on each (`--only train` in two shells shares the grid).
 Result:    recipes/results/claim-xcodec.json, claim-xcodec-presets.json, recipes/LOG.md.
 """
@@ -28,7 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from hearing.models import RATE, seeded, small_xcodec, training_of, training_speech
 from hearing.page import write_page
-from hearing.scores import Spoken, english_prompts, phones_of, probe_scores, signal_scores, use_of, word_scores
+from hearing.scores import (
+    Spoken,
+    english_prompts,
+    phones_of,
+    probe_scores,
+    signal_scores,
+    speech_clips,
+    use_of,
+    word_scores,
+)
 from imaging.grid import Training, Variant, arguments, scores_of, train_all
 from imaging.report import interval, write_claim
 
@@ -89,8 +99,6 @@ class Material:
             self.clips, self.readers = [clip], Spoken([clip], ["the packaged clip"])
             self.prompts, self.heard, self.phones = Spoken([], []), Spoken([], []), None
             return
-        from ship import speech_clips
-
         self.clips = speech_clips(data)
         self.prompts = english_prompts(data)
         self.heard = self.prompts.part(4)

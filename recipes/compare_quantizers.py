@@ -4,7 +4,7 @@ Command:   OMP_NUM_THREADS=1 python recipes/compare_quantizers.py --data data --
            python recipes/compare_quantizers.py --data my_recordings --out /tmp/x --seeds 1 --steps 200 --only rvq fsq
 Data:      `python recipes/fetch_data.py --out data`, or any folder of audio. Latents z are what the encoder of
            audio-codec-16k-4kbps gives before its own quantizer: training latents from randomly drawn training files
-           (--minutes of sound), held-out latents from the clips that `recipes/ship.py` tests on (a folder without
+           (--minutes of sound), held-out latents from the benchmark's set `speech` (a folder without
            test files: its `val` part). One mean vector is subtracted and one number divided by, for all alike.
 Protocol:  each quantizer trains on the same frozen latents: AdamW on what it has of parameters, at one rate with a
            cosine to 0 (a third of that rate where it diverges, which the table says); its own averages and k-means;
@@ -39,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
-from ship import speech_clips
+from hearing.scores import speech_clips
 from torch import Tensor
 from tqdm import tqdm
 
 import mmtok
 from mmtok.audio.codec import AudioCodec
-from mmtok.bench.shipped import interval_text, markdown_table
+from mmtok.bench.tables import interval_text, markdown_table
 from mmtok.data.audio import read_audio, resample
 from mmtok.data.sources import find_sources
 from mmtok.kernels.codebook_stats import usage_perplexity

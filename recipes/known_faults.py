@@ -22,7 +22,7 @@ from peers.networks import save_all
 from tqdm import tqdm
 
 import mmtok
-from mmtok.bench.shipped import markdown_table, replace_block
+from mmtok.bench.tables import markdown_table, replace_block
 from mmtok.tokens import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mmtok
-from mmtok.bench.shipped import interval_text, markdown_table
+from mmtok.bench.tables import interval_text, markdown_table
 from mmtok.data.audio import write_audio
 from mmtok.data.sources import find_sources
 from mmtok.lm.backbone import Backbone

@@ -29,7 +29,7 @@ from speaking.scoring import summary, validation
 from speaking.writing import Writer, validity, write_page
 
 import mmtok
-from mmtok.bench.shipped import interval_text, markdown_table, replace_block
+from mmtok.bench.tables import interval_text, markdown_table, replace_block
 from mmtok.lm.extend import extend
 from mmtok.vocab import Vocab
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mmtok.cli import check, demo, doctor, files, show
+from mmtok.cli import bench, check, demo, doctor, files, show
 from mmtok.cli.paths import INPUT_ERRORS, one_line
 
 EPILOG = """\
@@ -18,9 +18,10 @@ start here:
   mmtok encode corpus/ -o tokens/             a whole folder, images and sound; run it again to resume
   mmtok list                                  the tokenizers that are there
   mmtok check NAME                            does it keep the laws: padding, batching, streaming, sizes ...
+  mmtok bench NAME jpeg#bytes=512 --out run/  what it costs and what comes back, beside others, as an HTML report
   mmtok doctor                                is this installation whole?
 
-exit codes: 0 all well, 1 some files of many failed or doctor or check found something broken, 2 bad input,
+exit codes: 0 all well, 1 some of many failed, or doctor, check or bench found something broken, 2 bad input,
 130 interrupted
 """
 
@@ -34,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--traceback", action="store_true", help="show the Python traceback of an error (for bug reports)")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, files, show, check, doctor):
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=bench.Command)
+    for module in (demo, files, show, check, bench, doctor):
         module.add(commands)
     return top
 

@@ -38,9 +38,11 @@ REQUIRED = {
 EXTRAS = {
     "fast": ("numba",),
     "audio-metrics": ("pesq", "pystoi"),
+    "judges": ("speechmos", "distillmos", "onnxruntime", "librosa", "requests"),
     "lm": ("transformers", "tokenizers", "datasets", "peft"),
     "data": ("av",),
     "codecs": ("transformers", "diffusers", "snac", "speechtokenizer", "pycodec2"),
+    "corpus": ("ray", "pyarrow", "datasets"),
     "bench": ("vector-quantize-pytorch", "transformers", "faiss-cpu", "matplotlib"),
 }
 TESTED = {"torch": "2.11.0", "torchvision": "0.26.0", "torchaudio": "2.11.0"}

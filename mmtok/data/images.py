@@ -84,9 +84,10 @@ def picture_from_pil(im: Any) -> Picture:
         return Picture(_from_array(np.asarray(im))[None])
     else:
         im = im.convert("RGB")
-    array = np.array(im)
-    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return Picture(torch.from_numpy(array.astype(np.float32) / 255))
+    pixels = torch.from_numpy(np.array(im))
+    # Bytes are moved before they become floats: a quarter of the traffic, which is most of the time this takes.
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+    return Picture(pixels.float().div_(255))
 
 
 def to_pictures(x: Any) -> tuple[list[Picture], bool]:

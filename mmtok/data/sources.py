@@ -24,23 +24,28 @@ class Source:
     text: str | None = None
     package: str = ""
     licence: str = ""
+    speaker: str = ""
+    language: str = ""
 
 
-def find_sources(data: str | Path, modality: str) -> list[Source]:
+def find_sources(data: str | Path, modality: str, manifest: str | None = None) -> list[Source]:
     """All files of a modality under ``data``, sorted.
 
     With a manifest (``images.jsonl`` / ``speech.jsonl``) its rows; else every file with a fitting suffix, 5 % of them
-    held out as ``val`` by the hash of the relative path, so that a file never changes sides.
+    held out as ``val`` by the hash of the relative path, so that a file never changes sides. A ``manifest`` that is
+    named (``music.jsonl``) must be there.
 
     Raises FileNotFoundError or ValueError when there is nothing to read.
     """
     data = Path(data)
     if not data.is_dir():
         raise FileNotFoundError(f"--data: no folder at {data}; run `python recipes/fetch_data.py --out {data}` first")
-    manifest = data / MANIFESTS[modality]
-    if manifest.is_file():
-        lines = enumerate(manifest.read_text(encoding="utf-8").split("\n"), 1)  # splitlines would cut at U+2028 too
-        found = [_source(data, line, f"{manifest}, line {n}") for n, line in lines if line.strip()]
+    listed = data / (manifest or MANIFESTS[modality])
+    if manifest is not None and not listed.is_file():
+        raise FileNotFoundError(f"no list of files at {listed}; `python recipes/fetch_data.py --out {data}` writes it")
+    if listed.is_file():
+        lines = enumerate(listed.read_text(encoding="utf-8").split("\n"), 1)  # splitlines would cut at U+2028 too
+        found = [_source(data, line, f"{listed}, line {n}") for n, line in lines if line.strip()]
     else:
         files = sorted(p for p in data.rglob("*") if p.suffix.lower() in SUFFIXES[modality] and p.is_file())
         found = [Source(p, "val" if held_out(p.relative_to(data).as_posix()) else "train") for p in files]
@@ -53,8 +58,8 @@ def _source(data: Path, line: str, where: str) -> Source:
     """One row of a manifest."""
     try:
         row = json.loads(line)
-        keys = ("split", "kind", "text", "package", "licence")
-        return Source(data / row["path"], **{k: row[k] for k in keys if k in row})
+        keys = ("split", "kind", "text", "package", "licence", "speaker", "language")
+        return Source(data / row["path"], **{k: row[k] for k in keys if row.get(k) is not None})
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{where}: expected a JSON object with path and split ({e!r}); fetch the data again") from e
 

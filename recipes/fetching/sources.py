@@ -22,7 +22,10 @@ TOON_SHARE = 0.10
 
 @dataclass
 class Item:
-    """One file to use. `relative` is its stable name inside the set; `group` is what the split is hashed from."""
+    """One file to use. `relative` is its stable name inside the set.
+
+    `group` (sound effects) names an instrument, or one creature of a game: its files belong on one side of a split.
+    """
 
     file: Path
     relative: str
@@ -32,13 +35,15 @@ class Item:
     licence: str | None = None
     language: str | None = None
     speaker: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
     """A data set: `keep` is a regular expression for the members worth unpacking, `licence` holds where no file says.
 
-    `modality` is images, speech or music. Raise `revision` when the choice of files changes: finished sets are redone.
+    `modality` is images, speech, music or sounds. Raise `revision` when the choice of files changes: finished sets are
+    redone.
     `coloured` asks every picture for colour, which leaves line art out.
     `synthesis` marks a set that is spoken by a text-to-speech program, which runs after everything else.
     """
@@ -359,3 +364,60 @@ def pick_music(source: Source, work: Path) -> Iterator[Item]:
         value = share(f"{source.name}/{path.name}")
         split = "test" if "moh" in source.name or value < 0.15 else "val" if value < 0.2 else "train"
         yield Item(path, path.name, "music", split, words(path.stem) or None)
+
+
+# ---- sound effects ----
+
+# What a file is by its name: the first that fits. A ride's bell is a cymbal, a rim shot is a snare.
+SOUND_KINDS = (
+    ("", r"^loop |^empty"),
+    ("hat", r"hat(?!ch)|(^| )[co]?hh(?!a)|^ho |cymbal (closed|open|pedal)"),
+    ("cymbal", r"crash|ride|splash|china|paiste|gong|cymbal (hard|soft)|elec cymbal|^(cc|rc|cra) "),
+    ("kick", r"kick|bass ?drum|drum bass|(^| )bd|hse k "),
+    ("snare", r"snare|(^| )sn |^(sd|sr) "),
+    ("tom", r"(?<!s)tom|^(ft|t1|t2) "),
+    ("bell", r"bell|agogo|chime|triangle|^mc cb|waterglass|glass rub"),
+    ("hand drum", r"bongo|conga|djembe|tabla|dununba|kenkeni|sangban|cajon"),
+    ("stick", r"clap|(?<!dragon)(?<!thunder)stick|clave|wood ?block|snap|(^| )rim|castanet"),
+    ("magic", r"^magic|faeriefire"),
+    (
+        "weapon",
+        r"^(axe|bow|club|crossbow|dagger|dart|fist|flail|hatchet|knife|mace|sling|spear|staff|sword|throw|torch)",
+    ),
+    ("cry", r"^(?!skeleton|wose|squishy|horn|lich|bass).* (die|hit|growl|shriek|laugh) |^(groan|ugg|wail|hiss)"),
+)
+LAYER = r"\b(hardest|hard|med|softest|soft|miss|big|small|puny|die|hit|growl|shriek|fire|old|female|\d+\w?)\b"
+
+
+def sound_kind(stem: str) -> str:
+    """Class of a sound by its file's name, "" where the name says nothing."""
+    name = re.sub(r"[_\-.]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)).lower() + " "
+    joined = name.replace(" ", "") + " "
+    return next((k for k, found in SOUND_KINDS if re.search(found, name) or re.search(found, joined)), "")
+
+
+def sound_group(source: str, folder: str, stem: str, kind: str) -> str:
+    """What keeps the takes of one instrument together: kit and class in a kit, else the name without its numbers."""
+    name = re.sub(r"[_\-.\d]+", " ", stem).lower()
+    name = " ".join(re.sub(LAYER, " ", name).split()) or stem
+    return f"{source}/{folder}/{kind or name}" if folder else f"{source}/{name}"
+
+
+def pick_sounds(source: Source, work: Path) -> Iterator[Item]:
+    """One-shots and effects with a class by their name. sonic-pi-samples is test as a whole, for reconstruction;
+    whoever classifies splits within the classes, by group."""
+    archive = source.archives[0].folder
+    rules = rules_of(work, archive)
+    for path, relative in files(work, archive, r"\.(ogg|wav|flac|mp3)$"):
+        short = re.sub(r"^.*?/(samples|drumkits|stamps|Sounds|sounds)/", "", relative)
+        folder = short.rpartition("/")[0]
+        kit = folder if "drumkits/" in relative else ""
+        animal = re.search(r"^animals/|^Animal/", short)
+        kind = "animal" if animal else sound_kind(path.stem)
+        listed = re.sub(r"^usr/share/(scratch/|sonic-pi/(?=samples))", "", relative).replace("samples/", "etc/samples/")
+        if kit:  # the licence list names the archive that became the folder
+            listed = f"drumkits/{kit.removesuffix(' v4')}.h2drumkit"
+        licence = licence_of(rules, listed, source.licence)
+        group = sound_group(source.name, kit, path.stem, kind)
+        split = "test" if "sonic-pi" in source.name else split_of(group)
+        yield Item(path, short, kind, split, words(path.stem) or None, licence, group=group)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from imaging.scores import codebook_use
 from torch import Tensor
 from tqdm import tqdm
 
 from mmtok.bench.recognition import PhoneAligner, Recogniser, signature, word_errors
-from mmtok.bench.shipped import codebook_use
+from mmtok.bench.sets import load_set
 from mmtok.data.audio import read_audio, resample
 from mmtok.data.sources import find_sources
 from mmtok.metrics import METRICS
@@ -37,6 +38,13 @@ class Spoken:
     def part(self, step: int) -> Spoken:
         """Every ``step``-th clip."""
         return Spoken(self.clips[::step], self.texts[::step])
+
+
+def speech_clips(data: Path) -> list[Tensor]:
+    """The sounds (1, L) of the benchmark's set ``speech``; none of a folder that has no test split."""
+    if not any(s.split == "test" for s in find_sources(data, "audio")):
+        return []
+    return [item.x for item in load_set("speech", data).items]
 
 
 def english_prompts(data: Path) -> Spoken:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmtok.data.captioned import caption_split, square, style_of
 from mmtok.data.packed import Packed, image_reader, pack, random_crop
 from mmtok.data.sources import Source, find_sources
 
 ASSETS = Path(__file__).resolve().parents[2] / "mmtok" / "assets"
-HELD_OUT = {"test": 0.1, "val": 0.1}  # shares of all captions
 
 
 def sampling_weights(sources: Sequence[Source]) -> list[float]:
@@ -74,15 +72,6 @@ class Captioned:
         return torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2).float() / 255
 
 
-def caption_split(text: str) -> str:
-    """``test``, ``val`` or ``train`` from the hash of a caption's words, so that one concept is on one side."""
-    words = " ".join(re.findall(r"\w+", text.lower()))
-    value = int(hashlib.sha1(words.encode()).hexdigest()[:12], 16) / 16**12
-    if value < HELD_OUT["test"]:
-        return "test"
-    return "val" if value < HELD_OUT["test"] + HELD_OUT["val"] else "train"
-
-
 def captioned_pictures(data: Path, cache: Path, size: int) -> Captioned:
     """Every picture of the train and val splits of the manifest that has a caption, as a square of ``size`` px.
 
@@ -97,27 +86,6 @@ def captioned_pictures(data: Path, cache: Path, size: int) -> Captioned:
     texts = [s.text or "" for s in chosen]
     splits, styles = [caption_split(t) for t in texts], [style_of(s) for s in chosen]
     return Captioned(np.stack(squares), texts, [s.path for s in chosen], splits, styles)
-
-
-def style_of(source: Source) -> str:
-    """What a caption of a source says in front."""
-    if "openclipart" in source.package:
-        return "clip art"
-    return {"photo": "photo", "emoji": "3D emoji", "stamp": "sticker"}.get(source.kind, "drawing")
-
-
-def square(picture: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3): enlarged to the longer side, the rest filled with the edge's mean colour."""
-    h, w = picture.shape[:2]
-    scale = size / max(h, w)
-    H, W = max(1, round(h * scale)), max(1, round(w * scale))
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()[None]
-    x = torch.nn.functional.interpolate(x, (H, W), mode="bicubic", align_corners=False, antialias=True)[0]
-    edge = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).mean(1)
-    out = edge[:, None, None].expand(3, size, size).clone()
-    top, left = (size - H) // 2, (size - W) // 2
-    out[:, top : top + H, left : left + W] = x
-    return out.clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmtok.bench.shipped import markdown_table
+from mmtok.bench.tables import markdown_table
 
 COMMAND = "`python recipes/{}.py --data data{} --results recipes/results`"
 RECIPES = {"xcodec": "claims_audio"}  # the others are claim_NAME

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtok.bench.shipped import interval_text, markdown_table
+from mmtok.bench.tables import interval_text, markdown_table
 from mmtok.tokens import write_atomic
 
 DRAWS = 2000

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmtok.bench.shipped import codebook_use
 from mmtok.layers.text import TextFeatures
+from mmtok.metrics.codes import token_statistics
 from mmtok.metrics.image import psnr, ssim
 from mmtok.tokenizer import Tokenizer
+from mmtok.tokens import Tokens
 
 PER_PICTURE = ("psnr", "ssim", "lpips")
 
@@ -54,6 +55,17 @@ class Judges:
         """ST-LPIPS of each picture."""
         assert self.lpips is not None
         return [float(d) for a, b in zip(x_hat.split(64), x.split(64), strict=True) for d in self.lpips.distance(a, b)]
+
+
+def codebook_use(parts: Sequence[Tokens]) -> dict[str, Any]:
+    """Usage and perplexity of each level over all tokens, with the number of codes they were counted on."""
+    side_free = [Tokens(p.codes, p.lengths, p.spec) for p in parts]
+    statistics = token_statistics(Tokens.concat(side_free))
+    return {
+        "codes_counted": int(torch.cat([p.lengths for p in parts]).sum()),
+        "usage": [round(float(v), 4) for v in statistics.usage],
+        "perplexity": [round(float(v), 1) for v in statistics.perplexity],
+    }
 
 
 def reconstruct(tokenizer: Tokenizer, x: Tensor, text: TextFeatures | None = None) -> tuple[Tensor, list[Any]]:

@@ -45,9 +45,11 @@ def test_a_whole_set_has_nothing_broken_and_names_the_missing_extras():
     assert broken(findings) == []
     notes = {f.what: f.mend for f in findings if f.level == "note"}
     assert notes == {
+        "extra judges": "python -m pip install 'mmtok[judges]'",
         "extra lm": "python -m pip install 'mmtok[lm]'",
         "extra data": "python -m pip install 'mmtok[data]'",
         "extra codecs": "python -m pip install 'mmtok[codecs]'",
+        "extra corpus": "python -m pip install 'mmtok[corpus]'",
         "extra bench": "python -m pip install 'mmtok[bench]'",
     }
 

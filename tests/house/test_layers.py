@@ -31,11 +31,11 @@ RANKS = {
     "wrappers": 5,
     "auto": 6,
     "training": 7,
-    "bench": 7,
-    "corpus": 7,
     "lm": 7,
-    "cli": 8,
-    "__init__": 8,
+    "bench": 8,
+    "corpus": 8,
+    "cli": 9,
+    "__init__": 9,
 }
 # Optional, or slow to import, or both: only inside functions.
 INSIDE_FUNCTIONS = {
@@ -43,6 +43,7 @@ INSIDE_FUNCTIONS = {
     *("torchmetrics", "timm", "huggingface_hub", "scipy", "matplotlib", "pandas", "skimage"),
     *("numba", "llvmlite", "faiss", "vector_quantize_pytorch", "faster_whisper", "jiwer", "pocketsphinx"),
     *("snac", "speechtokenizer", "diffusers", "pycodec2", "datasets", "peft"),
+    *("speechmos", "distillmos", "onnxruntime", "librosa", "mir_eval", "ray", "pyarrow", "webdataset"),
 }
 # Compiled kernels live in a folder of their own, imported when such a kernel runs.
 COMPILED = {"triton": {"triton"}, "numba": {"numba", "llvmlite"}}
