@@ -121,8 +121,8 @@ def build_keyword(context: Context, sizes: Sizes) -> Task:
     share = sizes.test / (sizes.train + sizes.test)
     for voice, enough in ((first, sizes.train + 2 * sizes.test), (second, sizes.test)):
         for clip in _word_clips(context, {w: spoken[voice][w] for w in common}, enough):
-            # The sentence decides, so that all of its words are on one side.
-            held_out = int(rank_of(clip.group)[:8], 16) / 2**32 < share
+            # The sentence decides, so that all of its words are on one side; sentences came in the order of rank_of.
+            held_out = int(rank_of(f"side of {clip.group}")[:8], 16) / 2**32 < share
             clip.split = OTHER if voice == second else TEST if held_out else TRAIN
             clips.append(clip)
     protocol = {

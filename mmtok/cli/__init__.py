@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mmtok.cli import bench, check, demo, doctor, files, show
+from mmtok.cli import bench, check, corpus, demo, doctor, files, show
 from mmtok.cli.paths import INPUT_ERRORS, one_line
 
 EPILOG = """\
@@ -16,12 +16,13 @@ start here:
   mmtok encode photo.jpg -o p.safetensors     photo -> codes
   mmtok decode p.safetensors -o p.png         codes -> photo of the same size
   mmtok encode corpus/ -o tokens/             a whole folder, images and sound; run it again to resume
+  mmtok corpus --help                         millions of files or tar shards, on one machine or many
   mmtok list                                  the tokenizers that are there
   mmtok check NAME                            does it keep the laws: padding, batching, streaming, sizes ...
   mmtok bench NAME jpeg#bytes=512 --out run/  what it costs and what comes back, beside others, as an HTML report
   mmtok doctor                                is this installation whole?
 
-exit codes: 0 all well, 1 some of many failed, or doctor, check or bench found something broken, 2 bad input,
+exit codes: 0 all well, 1 some of many failed, or doctor, check, bench or corpus found something broken, 2 bad input,
 130 interrupted
 """
 
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--traceback", action="store_true", help="show the Python traceback of an error (for bug reports)")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=bench.Command)
-    for module in (demo, files, show, check, bench, doctor):
+    for module in (demo, files, corpus, show, check, bench, doctor):
         module.add(commands)
     return top
 
