@@ -202,6 +202,7 @@ def build_phones(context: Context, sizes: Sizes) -> Task:
         "alignment": f"pocketsphinx, forced; tokens of {SHORTEST} to {LONGEST} s",
         "context": "ignored: neighbours of A, B and X may differ",
         "frames": "of the whole sentence's codes, those whose centre lies in the phone; delays are not made up for",
+        "warning": "tokenizers may have been trained on some of these sentences, never on the phones",
         "chance_percent": 50.0,
     }
     count = len(clips)

@@ -130,6 +130,7 @@ def build_keyword(context: Context, sizes: Sizes) -> Task:
         "split": "by sentence; the other voice is tested only",
         "clip": f"one word with {WORD_MARGIN} s before and after it, {SPEECH_RATE} Hz, mono, one level",
         "alignment": "pocketsphinx, forced",
+        "warning": "tokenizers may have been trained on some of these sentences, never on the words",
     }
     return task_of("keyword", "audio", divided(clips, sizes, TEST), SPEECH_RATE, protocol)
 

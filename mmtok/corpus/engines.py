@@ -6,6 +6,7 @@ is free, and yields an `Outcome` for each. A worker that dies costs its shard an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -71,7 +72,10 @@ def join_ranks() -> Ranks:
 
     from accelerate import PartialState
 
+    joined = torch.distributed.is_initialized()
     state = PartialState(cpu=True, timeout=timedelta(days=30))
+    if not joined:  # the group's threads end before the interpreter does, which else may abort; runs may share a group
+        atexit.register(state.destroy_process_group)
     if state.num_processes == 1:
         raise ValueError(
             f"expected {launched} processes, got 1: accelerate was set up before this run without the others; "

@@ -208,6 +208,8 @@ def _open_job(
     _check_encode(str(tokenizer), card, encode)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a folder, got a file; choose another --out")
+    if out.is_dir() and not (out / RUN).is_file():
+        _check_ours(out)  # before the lock: in a folder of somebody else's nothing is left behind
     out.mkdir(parents=True, exist_ok=True)
     stack.enter_context(FolderLock(out))
     sweep(out)
@@ -240,16 +242,23 @@ def _check_encode(tokenizer: str, card: Mapping[str, Any], encode: Mapping[str, 
         raise ValueError(f"text: {tokenizer} takes no text; leave it out (texts are kept beside the codes anyway)")
 
 
-def _first_plan(out: Path, source: str | Path, settings: PlanSettings | None, modality: str) -> Plan:
-    """Plan the source and write the plan. Nothing else may be in the folder."""
-    ours = {PLAN, SHARDS, LOG, LOCK, Path(PLAN).stem + ".files"}  # of a run that was killed while it planned
-    others = sorted(p.name for p in out.iterdir() if p.name not in ours)
-    others += sorted(f"{SHARDS}/{p.name}" for p in (out / SHARDS).iterdir())
+def _check_ours(out: Path) -> None:
+    """Raise ValueError when anything lies in a folder without a run that a run which was killed at its start would
+    not have left."""
+    ours = {PLAN, SHARDS, LOG, LOCK, Path(PLAN).stem + ".files"}
+    asides = tuple(f".{name}." for name in (*ours, RUN))
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours and not p.name.startswith(asides))
+    others += sorted(f"{SHARDS}/{p.name}" for p in (out / SHARDS).glob("*"))
     if others:
         raise ValueError(
             f"{out}: expected a new or empty folder, or a corpus, got {', '.join(others[:3])}"
             f"{' ...' if len(others) > 3 else ''}; choose another --out"
         )
+
+
+def _first_plan(out: Path, source: str | Path, settings: PlanSettings | None, modality: str) -> Plan:
+    """Plan the source and write the plan. Nothing else may be in the folder."""
+    _check_ours(out)
     settings = settings or PlanSettings()
     if settings.modality not in (None, modality):
         raise ValueError(f"modality: the tokenizer takes {modality}, the plan is to hold {settings.modality}")

@@ -66,7 +66,8 @@ def contents(out: Path) -> dict[str, bytes]:
 def assert_same(out: Path, expected: dict[str, bytes]) -> None:
     found = contents(out)
     assert sorted(found) == sorted(expected)
-    assert [name for name in found if found[name] != expected[name]] == []
+    different = [name for name in found if found[name] != expected[name]]
+    assert different == [], different
 
 
 def log_of(out: Path) -> list[dict]:

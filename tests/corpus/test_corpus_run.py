@@ -298,6 +298,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(codec: Path, sourc
     (full / "thesis.tex").write_text("all of it")
     with pytest.raises(ValueError, match=r"expected a new or empty folder, or a corpus, got thesis.tex; choose"):
         run_here(source, codec, full)
+    assert [p.name for p in full.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="expected a folder, got a file"):
         run_here(source, codec, full / "thesis.tex")
 
