@@ -127,7 +127,10 @@ def test_the_causal_codec_streams_as_it_works_offline():
 def test_readme_tables_come_from_the_stored_results(mark):
     text = (ROOT / "README.md").read_text()
     table = block_text(BLOCKS[mark], RESULTS)
-    assert table, "nothing is stored; python recipes/bench_readme.py measures it"
+    if not table:  # a part that has not been measured has no place in README; the reconstructions always have one
+        assert not mark.endswith((":image", ":images-more", ":small", ":audio")), "python recipes/bench_readme.py"
+        assert f"<!-- {mark} -->" not in text
+        return
     assert f"<!-- {mark} -->\n{table}\n<!-- /{mark} -->" in text, "python recipes/bench_readme.py --tables"
 
 
