@@ -274,7 +274,6 @@ def fad_whisper(helpers: Path | None) -> FadWhisper:
         embed,
         "1 s (50 frames, their mean), the last one ends with the sound",
         "encoder of Whisper tiny, 8-bit",
-        "as shipped",
-        {"layer": "mean of all hidden states, each number standardised over speech", "weights": SHIPPED_SHA256[:16]}
-        | {"file": SHIPPED},
+        f"weights sha256:{SHIPPED_SHA256[:16]}",
+        {"layer": "mean of all hidden states, each number standardised over speech", "file": SHIPPED},
     )

@@ -72,7 +72,8 @@ class Study:
         )
 
     def protocol(self, set_protocol: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-        found = {**set_protocol, **self.contender.protocol(), **self.recipe().protocol(), **more}
+        own = {"set": dict(set_protocol)} if set_protocol else {}
+        found = {**own, "contender": self.contender.protocol(), **self.recipe().protocol(), **more}
         found |= {"backend": "mmtok.lm", "version": auto.installed_version("mmtok"), "torch": str(torch.__version__)}
         return found | ({"smoke": True} if self.context.smoke else {})
 

@@ -37,20 +37,33 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
 
     Raises FileNotFoundError when missing, ValueError when empty, corrupt or without a sample.
     """
-    import soundfile
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no audio file at {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes); expected an audio file")
+    return _decoded(str(path), str(path))
+
+
+def sound_from_bytes(data: bytes, name: str) -> Sound:
+    """The clip in a file's bytes; errors as `read_audio`, by ``name``."""
+    if not data:
+        raise ValueError(f"{name} is empty (0 bytes); expected an audio file")
+    return Sound(*_decoded(io.BytesIO(data), name))
+
+
+def _decoded(file: str | io.BytesIO, name: str) -> tuple[Tensor, int]:
+    import soundfile
+
     try:
-        array, sample_rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+        array, sample_rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as e:  # TypeError: headerless .raw
-        raise ValueError(f"{path} is not a readable audio file ({e}); expected WAV, FLAC, OGG, Opus or MP3") from e
+        # Of bytes the whole text names an address in memory.
+        why = e if isinstance(file, str) else getattr(e, "error_string", None) or e
+        raise ValueError(f"{name} is not a readable audio file ({why}); expected WAV, FLAC, OGG, Opus or MP3") from e
     if array.shape[0] == 0:
-        raise ValueError(f"{path} holds 0 samples; expected at least one")
-    return check_samples(as_tensor(array.T, str(path)), str(path)), check_rate(sample_rate, str(path))
+        raise ValueError(f"{name} holds 0 samples; expected at least one")
+    return check_samples(as_tensor(array.T, name), name), check_rate(sample_rate, name)
 
 
 def check_samples(x: Tensor, name: str = "audio") -> Tensor:

@@ -37,14 +37,18 @@ def read_image(path: str | Path) -> Tensor:
 
 def read_picture(path: str | Path) -> Picture:
     """`read_image` with the bit depth."""
-    from PIL import Image, UnidentifiedImageError
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image file at {path}")
-    data = path.read_bytes()
+    return picture_from_bytes(path.read_bytes(), str(path))
+
+
+def picture_from_bytes(data: bytes, name: str) -> Picture:
+    """The picture in a file's bytes; errors as `read_image`, by ``name``."""
+    from PIL import Image, UnidentifiedImageError
+
     if not data:
-        raise ValueError(f"{path} is empty (0 bytes); expected an image file")
+        raise ValueError(f"{name} is empty (0 bytes); expected an image file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit below has a clearer text
         try:
@@ -56,8 +60,8 @@ def read_picture(path: str | Path) -> Picture:
             size = str(e)
         except Exception as e:  # PIL's readers raise nearly anything on a broken file
             why = "of no known format" if isinstance(e, UnidentifiedImageError) else f"{type(e).__name__}: {e}"
-            raise ValueError(f"{path} is not a readable image ({why}); expected PNG, JPEG, WebP, AVIF, TIFF ...") from e
-    raise ValueError(f"{path}: {size} is above {MAX_PIXELS // 10**6} Mpx; shrink it")
+            raise ValueError(f"{name} is not a readable image ({why}); expected PNG, JPEG, WebP, AVIF, TIFF ...") from e
+    raise ValueError(f"{name}: {size} is above {MAX_PIXELS // 10**6} Mpx; shrink it")
 
 
 def picture_from_pil(im: Any) -> Picture:

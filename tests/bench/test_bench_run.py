@@ -23,7 +23,7 @@ from mmtok.bench.parts import Context, Job
 from mmtok.bench.records import Item, Result, TestSet, read_lines, read_results
 from mmtok.bench.run import failures, run_bench
 from mmtok.bench.run_folder import RunFolder, file_name, read_run
-from mmtok.bench.scorers import SCORERS, Measure, NotRunError, Scorer, SetScorer, UnscoredError
+from mmtok.bench.scorers import Measure, NotRunError, Scorer, SetScorer, UnscoredError
 from mmtok.metrics.frechet import frechet_distance
 from mmtok.tokens import Tokens, TokenSpec
 from mmtok.wrappers.classical_images import encode_image
@@ -324,10 +324,9 @@ def test_a_scorer_that_is_missing_says_not_run(tmp_path: Path, monkeypatch: pyte
     module.judge = missing  # type: ignore[attr-defined]
     module.error = lambda helpers: Error()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "image_judges", module)
-    for name in list(SCORERS):
-        monkeypatch.delitem(SCORERS, name)
-    monkeypatch.setitem(SCORERS, "judge", "image_judges:judge")
-    monkeypatch.setitem(SCORERS, "error", "image_judges:error")
+    table = {"judge": "image_judges:judge", "error": "image_judges:error"}
+    for home in ("mmtok.bench.scorers", "mmtok.bench.run"):  # another table, so that the real one keeps its order
+        monkeypatch.setattr(f"{home}.SCORERS", table)
     out = once(tmp_path / "run", scorers=None)
     found = results(out)["fine", "judge"]
     assert found.value is None and found.not_run == "its network is missing; run fetch_data.py --helpers"

@@ -65,8 +65,7 @@ def test_every_scorer_states_itself(name: str, opened: dict[str, Scorer | SetSco
     if isinstance(scorer, NotRunError):
         pytest.skip(str(scorer))
     assert scorer.name == name and name in NAMES[scorer.modality]
-    weights = str(scorer.settings.get("weights", ""))  # what ships with mmtok has no version but a hash
-    assert scorer.backend and re.search(r"\d", scorer.version + weights), (scorer.backend, scorer.version)
+    assert scorer.backend and re.search(r"\d", scorer.version), (scorer.backend, scorer.version)
     assert scorer.settings and all(isinstance(v, str | int | float | bool) for v in _leaves(scorer.settings))
     assert scorer.measures
     for m in scorer.measures:
@@ -84,7 +83,7 @@ def test_no_two_measures_of_a_modality_share_a_name(opened: dict[str, Scorer | S
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"expected one of \[.*'image_signal'.*got 'psnr'"):
+    with pytest.raises(ValueError, match=r"expected one of \['image_signal'.*got 'psnr'"):
         open_scorer("psnr")
 
 

@@ -16,13 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from corpus_fixtures import make_folder
 from corpus_runs import (
     assert_same,
-    contents,
     log_of,
     run_here,
-    save_codec,
     serve_and_die,
     start_driver,
     wait_until,
@@ -32,25 +29,6 @@ from mmtok.corpus import attempts, pool
 from mmtok.corpus.index import Corpus
 
 SOUNDS, SHARDS = 36, 9
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_codec(tmp_path_factory.mktemp("models") / "codec")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources") / "sounds"
-    make_folder(folder, sounds=SOUNDS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(codec: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("corpora") / "undisturbed"
-    assert run_here(source, codec, out).exit_code == 0
-    return contents(out)
 
 
 def markers(out: Path) -> int:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from corpus_fixtures import make_folder
-from corpus_runs import assert_same, contents, log_of, run_here, save_codec, start_driver, wait_until
+from corpus_runs import assert_same, log_of, run_here, start_driver, wait_until
 
 from mmtok.corpus.engines import RaySettings
 
@@ -24,25 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 SOUNDS, SHARDS = 36, 9
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_codec(tmp_path_factory.mktemp("models") / "codec")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources") / "sounds"
-    make_folder(folder, sounds=SOUNDS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(codec: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("corpora") / "undisturbed"
-    assert run_here(source, codec, out).exit_code == 0
-    return contents(out)
 
 
 @pytest.fixture(scope="module")

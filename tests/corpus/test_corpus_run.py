@@ -32,18 +32,6 @@ SOUNDS, SHARDS = 10, 3
 
 
 @pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_codec(tmp_path_factory.mktemp("models") / "codec")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources") / "sounds"
-    make_folder(folder, sounds=SOUNDS)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def undisturbed(codec: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
     out = tmp_path_factory.mktemp("corpora") / "undisturbed"
     return out, run_here(source, codec, out)
