@@ -43,6 +43,7 @@ exit codes: 0 all well, 1 some contender or part failed, 2 bad input
 """
 DEFAULT_OUT = "mmtok-bench"
 ALL = "all"
+SHOWN = 3  # files that were left out, of a set; the others are in run.json
 
 
 class Command(argparse.ArgumentParser):
@@ -172,10 +173,27 @@ def run(args: argparse.Namespace) -> int:
     _show(out)
     plots = _plots(out)
     write_page(out, page)
-    print(f"\nresults  {out / RESULTS}\npage     {page}\nplots    {plots}")
+    print("\n".join(["", *_left_out(out), f"results  {out / RESULTS}", f"page     {page}", f"plots    {plots}"]))
     if failed := failures(out):
         print("\n".join(f"failed: {line}" for line in failed), file=sys.stderr)
     return 1 if failed else 0
+
+
+def _left_out(out: Path) -> list[str]:
+    """The files that could not be read, and the items that a contender refused: those in no number above."""
+    from mmtok.bench.run_folder import read_run
+
+    record = read_run(out)
+    lost = [(name, "cannot be read", items) for name, items in record["bad_files"].items()]
+    for label, sets in record["refused"].items():
+        lost += [(name, f"refused by {label}", items) for name, items in sets.items()]
+    found = []
+    for name, why, items in lost:
+        more = f", and {len(items) - SHOWN} more in {out / 'run.json'}" if len(items) > SHOWN else ""
+        found.append(f"left out {len(items)} of {name}, {why}:")
+        found += [f"  {one['item']}: {one['reason']}" for one in items[:SHOWN]]
+        found[-1] += more
+    return found
 
 
 def _out(args: argparse.Namespace) -> Path:

@@ -15,7 +15,7 @@ from mmtok.cli.paths import check_output
 
 if TYPE_CHECKING:
     from mmtok.corpus.records import Failure, PlanSettings
-    from mmtok.corpus.run import Summary
+    from mmtok.corpus.summary import Summary
 
 EPILOG = """\
 a corpus from its source to training:
@@ -141,6 +141,12 @@ def _add_tokenize(action: argparse.ArgumentParser) -> None:
     codes.add_argument("--levels", type=int, metavar="Q", help="only the first Q levels (default: all)")
     codes.add_argument("--tokens", type=int, metavar="N", help="only the first N positions (default: all)")
     codes.add_argument("--text", action="store_true", help="give texts to a tokenizer that is conditioned on them")
+    codes.add_argument(
+        "--packing",
+        choices=("auto", "bits", "ints"),
+        default="auto",
+        help="on disk: as few bits as a code needs, smallest unsigned ints, or bits where they save a tenth (auto)",
+    )
     who = action.add_argument_group("who works")
     who.add_argument(
         "--engine",
@@ -195,7 +201,6 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_tokenize(args: argparse.Namespace) -> int:
     """Tokenize, tell what is there now and what to do next; see `Summary.exit_code`."""
-    from mmtok import auto
     from mmtok.corpus.engines import Ranks, RaySettings, join_ranks
     from mmtok.corpus.run import tokenize_corpus
 
@@ -203,8 +208,6 @@ def run_tokenize(args: argparse.Namespace) -> int:
         raise ValueError(f"--address and --gpus are for --engine ray, got --engine {args.engine}")
     if args.engine == "accelerate" and args.workers is not None:
         raise ValueError("--workers: `accelerate launch --num_processes N` says how many; leave it out")
-    if args.tokenizer in auto.families("*") and not Path(args.tokenizer).is_dir():
-        raise ValueError(f"--tokenizer {args.tokenizer} is a family: name one of it, {args.tokenizer}:SOURCE")
     settings, out = plan_settings(args), Path(args.out).expanduser()
     if args.dry_run:
         return _dry_run(args, settings, out)
@@ -228,24 +231,25 @@ def run_tokenize(args: argparse.Namespace) -> int:
         text=args.text,
         num_codebooks=args.levels,
         num_tokens=args.tokens,
+        packing=args.packing,
         decode_threads=args.threads,
         model_threads=args.model_threads,
         ray=RaySettings(address=args.address, gpus=gpus),
         progress=not args.quiet,
     )
     if ranks.rank == 0:
-        print("\n".join(_told(summary, args.out, args.tokenizer, before)))
+        print("\n".join(_told(summary, args.out, args.tokenizer)))
     return summary.exit_code
 
 
 def _dry_run(args: argparse.Namespace, settings: PlanSettings | None, out: Path) -> int:
     import dataclasses
 
-    from mmtok import auto
     from mmtok.corpus.plan import describe, make_plan
     from mmtok.corpus.records import PlanSettings
+    from mmtok.corpus.run import tokenizer_card
 
-    card = auto.card(args.tokenizer)
+    card = tokenizer_card(args.tokenizer)
     settings = settings or PlanSettings()
     if settings.modality not in (None, card["modality"]):
         raise ValueError(f"--modality {settings.modality}: {args.tokenizer} takes {card['modality']}")
@@ -273,7 +277,7 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _told(summary: Summary, given: str, tokenizer: str, before: set[str]) -> list[str]:
+def _told(summary: Summary, given: str, tokenizer: str) -> list[str]:
     """The summary of a run, and what to do next."""
     from mmtok import auto
     from mmtok.corpus.plan import readable_bytes
@@ -288,9 +292,7 @@ def _told(summary: Summary, given: str, tokenizer: str, before: set[str]) -> lis
         disk = totals["bytes"] / totals["items"]
         rows.append(("an item", f"{totals['bits'] / totals['items']:,.1f} bits of codes, {disk:,.1f} bytes on disk"))
     if summary.made:
-        rows.append(
-            ("this run", f"{_count(summary.made, 'shard')} in {summary.seconds:.1f} s: {_rates(summary, out, before)}")
-        )
+        rows.append(("this run", f"{_count(summary.made, 'shard')} in {summary.seconds:.1f} s: {_rates(summary)}"))
     if summary.share_in_model is not None:
         rows.append(("time", f"{summary.share_in_model:.0%} of the workers' time in the model"))
     if summary.items:
@@ -321,16 +323,11 @@ def _told(summary: Summary, given: str, tokenizer: str, before: set[str]) -> lis
     ]
 
 
-def _rates(summary: Summary, out: Path, before: set[str]) -> str:
-    """What a second brought; items only where the new markers are as many as this run made, so that they are its."""
-    from mmtok.corpus.shard_file import read_done
-
+def _rates(summary: Summary) -> str:
+    """What a second brought."""
     seconds = max(summary.seconds, 1e-9)
-    amount = f"{_short(summary.amount)} {summary.unit}, {_short(summary.amount / seconds)} a second"
-    new = [read_done(out, int(name.partition(".")[0])) for name in _done_numbers(out) - before]
-    if len(new) != summary.made:
-        return amount
-    return f"{_short(sum(d.items for d in new if d is not None) / seconds)} items/s, {amount}"
+    made = f"{_short(summary.made_items / seconds)} items/s"
+    return f"{made}, {_short(summary.amount)} {summary.unit}, {_short(summary.amount / seconds)} a second"
 
 
 def _short(x: float) -> str:

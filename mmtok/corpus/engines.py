@@ -104,6 +104,8 @@ def run_ranks(tasks: Sequence[Task], ranks: Ranks, model_threads: int, stop: Sto
 
 # ---- Ray ----
 
+RAY_STARTS = 3  # tries at a Ray of our own
+
 
 @dataclasses.dataclass(frozen=True)
 class RaySettings:
@@ -173,9 +175,22 @@ def _start_ray(settings: RaySettings, workers: int) -> None:
         cpus = math.ceil(workers * settings.cpus)
         # Tasks and outcomes are small: the shared memory that Ray takes by default would be wasted.
         own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 2**27}
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except ConnectionError as e:
-        raise ValueError(
-            f"no Ray at {address!r} ({e}); start it by `ray start --head`, or leave the address out to have one started"
-        ) from e
+    for left in reversed(range(RAY_STARTS if address == "local" else 1)):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+            return
+        except ConnectionError as e:
+            raise ValueError(
+                f"no Ray at {address!r} ({e}); start it by `ray start --head`, or leave the address out to have one "
+                "started"
+            ) from e
+        except ValueError:
+            raise
+        except Exception as e:  # Ray gives its processes 30 s, too few on a busy machine, and then raises a bare one
+            ray.shutdown()
+            if not left:
+                told = " ".join(f"{type(e).__name__}: {e}".split())
+                raise TimeoutError(
+                    f"Ray did not start at {address!r} ({told}); try again when the machine is less busy, start it "
+                    "apart by `ray start --head` and give its address, or use the engine local"
+                ) from e

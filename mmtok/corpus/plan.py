@@ -16,6 +16,7 @@ from mmtok.corpus.records import SCHEMA, InputShard, Plan, PlanSettings
 from mmtok.tokens import write_atomic
 
 KINDS = ("folder", "tar", "parquet", "datasets")
+WORDS = {"": "picture or sound", "image": "picture", "audio": "sound"}
 LIST_SUFFIX = ".files"  # of the list of files beside plan.json
 
 
@@ -186,9 +187,7 @@ def _refuse(settings: PlanSettings, kind: str, options: Sequence[str]) -> None:
 
 def _refuse_empty(source: str, wanted: str, counts: Mapping[str, int], left_out: Mapping[str, int]) -> None:
     there = _told({**{f"{m} files": n for m, n in counts.items()}, **left_out}) or "nothing"
-    raise ValueError(
-        f"{source}: expected at least one {wanted or 'picture or sound'}, got {there}; give another source"
-    )
+    raise ValueError(f"{source}: expected at least one {WORDS.get(wanted, wanted)}, got {there}; give another source")
 
 
 def _told(counts: Mapping[str, int]) -> str:

@@ -141,7 +141,9 @@ class Task:
         device: e.g. ``cpu``, ``cuda:0``. batch_seconds / batch_pixels: of a padded batch. padding: largest share of
             padding in a batch.
         threads: that decode beside the model. text: give texts to tokenizers that are conditioned on them.
-        num_codebooks, num_tokens: arguments of encode.
+        num_codebooks, num_tokens: arguments of encode. packing: of the codes on disk: ``bits`` (as few as the codebook
+            needs), ``ints`` (smallest unsigned ones, which any reader opens), or ``auto``: bits where they save at
+            least a tenth.
     """
 
     tokenizer: str
@@ -157,6 +159,7 @@ class Task:
     text: bool = False
     num_codebooks: int | None = None
     num_tokens: int | None = None
+    packing: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

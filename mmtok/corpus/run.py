@@ -26,69 +26,17 @@ from mmtok.corpus.attempts import HOPELESS, Outcome, Stop
 from mmtok.corpus.engines import ENGINES, Ranks, RaySettings, join_ranks, run_ranks, run_ray
 from mmtok.corpus.index import write_index
 from mmtok.corpus.lock import FolderLock
+from mmtok.corpus.packing import PACKINGS
 from mmtok.corpus.plan import changed, load_plan, make_plan, save_plan, split_source
 from mmtok.corpus.pool import run_local
 from mmtok.corpus.progress import Progress, log_line
 from mmtok.corpus.records import INDEX, LOCK, LOG, PLAN, SCHEMA, SHARDS, Done, Plan, PlanSettings, Task
 from mmtok.corpus.shard_file import read_done, shard_path
+from mmtok.corpus.summary import Summary
 from mmtok.tokens import write_atomic
 
 RUN = "run.json"
-GO_ON = "the same command goes on where this one stopped"
 UNITS = {"image": "Mpx", "audio": "s of sound"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What is in the corpus folder after a run.
-
-    Args:
-        items: tokenized. failures: samples that are not, each in ``failures.jsonl`` with its reason; they are no
-            failure of the run.
-        shards: planned. done: of them in place. made: by this run.
-        missing: shard -> reason, of those that were tried in vain.
-        positions, codes, bytes: of all items.
-        amount: megapixels or seconds of sound (``unit``) tokenized by this run.
-        seconds: that this run took. share_in_model: of the workers' time; None where nothing was to be done.
-        padding: share of padding in what the model saw, over all shards.
-        stopped: why the run ended before its end, None where it did not. interrupted: by Ctrl-C.
-    """
-
-    items: int
-    failures: int
-    shards: int
-    done: int
-    made: int
-    missing: Mapping[int, str]
-    positions: int
-    codes: int
-    bytes: int
-    amount: float
-    unit: str
-    seconds: float
-    share_in_model: float | None
-    padding: float
-    stopped: str | None = None
-    interrupted: bool = False
-
-    @property
-    def exit_code(self) -> int:
-        """0: the corpus is whole. 1: shards are missing, or its index. 130: interrupted."""
-        if self.interrupted:
-            return 130
-        return 1 if self.done < self.shards or self.stopped else 0
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.items} items, {self.failures} failures, {self.done} of {self.shards} shards, {self.bytes} bytes, "
-            f"{self.codes} codes",
-            f"this run: {self.made} shards, {self.amount:.1f} {self.unit} in {self.seconds:.1f} s"
-            + ("" if self.share_in_model is None else f", {self.share_in_model:.0%} of it in the model"),
-            f"padding: {self.padding:.1%}",
-        ]
-        lines += [f"shard {number:05d} is missing: {reason}" for number, reason in sorted(self.missing.items())]
-        lines += [f"stopped: {self.stopped}; {GO_ON}"] if self.stopped else []
-        return "\n".join(lines)
 
 
 def tokenize_corpus(
@@ -106,6 +54,7 @@ def tokenize_corpus(
     text: bool = False,
     num_codebooks: int | None = None,
     num_tokens: int | None = None,
+    packing: str = "auto",
     decode_threads: int = 1,
     model_threads: int = 1,
     ray: RaySettings | None = None,
@@ -127,7 +76,7 @@ def tokenize_corpus(
         workers: processes (local), or tasks at a time (ray).
         plan_settings: how the source is cut and read; None: as before, or the defaults.
         device: ``cpu``, ``cuda`` (local and accelerate: the GPUs in turn; ray: the one that Ray gives) or ``cuda:1``.
-        batch_seconds, batch_pixels, padding, text, num_codebooks, num_tokens: see `mmtok.corpus.records.Task`.
+        batch_seconds, batch_pixels, padding, text, num_codebooks, num_tokens, packing: see `mmtok.corpus.records.Task`.
         decode_threads: of each worker, beside the model.
         model_threads: of each worker on the CPU. Codes depend on it, as sums of other parts round differently (one code
             in some thousands for some tokenizers), so it belongs to the settings, and more workers is the way to more
@@ -154,7 +103,7 @@ def tokenize_corpus(
     with contextlib.ExitStack() as stack:
         encode = {
             **{"batch_seconds": batch_seconds, "batch_pixels": batch_pixels, "padding": padding, "text": text},
-            **{"num_codebooks": num_codebooks, "num_tokens": num_tokens},
+            **{"num_codebooks": num_codebooks, "num_tokens": num_tokens, "packing": packing},
         }
         folder = Path(out).expanduser().absolute()
         job, error = None, None
@@ -204,7 +153,7 @@ def _open_job(
     stack: contextlib.ExitStack,
 ) -> _Job:
     """Lock the folder, plan or compare, and see what is left. The lock is held until ``stack`` ends."""
-    card = auto.card(str(tokenizer))
+    card = tokenizer_card(str(tokenizer))
     _check_encode(str(tokenizer), card, encode)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a folder, got a file; choose another --out")
@@ -231,6 +180,14 @@ def _open_job(
     return _Job([dataclasses.replace(first, shard=n) for n in left], len(plan.shards), plan.modality)
 
 
+def tokenizer_card(name: str) -> dict[str, Any]:
+    """`mmtok.auto.card` of one tokenizer; ValueError for a family, which is none yet."""
+    found = auto.card(name)
+    if found.get("family"):
+        raise ValueError(f"tokenizer: {name} is a family: name one of it, {name}:SOURCE ({found['source']})")
+    return found
+
+
 def _check_encode(tokenizer: str, card: Mapping[str, Any], encode: Mapping[str, Any]) -> None:
     """Raise ValueError for arguments that the tokenizer cannot take: once here instead of once a shard."""
     levels, wanted = card["num_codebooks"], encode["num_codebooks"]
@@ -238,6 +195,8 @@ def _check_encode(tokenizer: str, card: Mapping[str, Any], encode: Mapping[str, 
         raise ValueError(f"num_codebooks: expected 1..{levels} for {tokenizer}, got {wanted}")
     if encode["num_tokens"] is not None and encode["num_tokens"] < 1:
         raise ValueError(f"num_tokens: expected at least 1, got {encode['num_tokens']}")
+    if encode["packing"] not in PACKINGS:
+        raise ValueError(f"packing: expected one of {', '.join(PACKINGS)}, got {encode['packing']!r}")
     if encode["text"] and "text" not in card["conditions"]:
         raise ValueError(f"text: {tokenizer} takes no text; leave it out (texts are kept beside the codes anyway)")
 
@@ -412,6 +371,7 @@ def _finish(out: Path, job: _Job, outcomes: Sequence[Outcome], stop: Stop, secon
         shards=job.shards,
         done=len(done),
         made=len(worked),
+        made_items=sum(o.worked.done.items for o in outcomes if o.worked is not None),
         missing={o.task.shard: o.reason or "" for o in outcomes if o.worked is None and markers[o.task.shard] is None},
         positions=positions,
         codes=sum(m.codes for m in done),

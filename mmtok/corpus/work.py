@@ -118,7 +118,7 @@ def written(task: Task, plan: Plan, work: ShardWork, rows: Generator[Row, None, 
         made += time.perf_counter() - start
 
     try:
-        done = write_shard(path, timed(), spec, About(task.shard, plan=plan.fingerprint))
+        done = write_shard(path, timed(), spec, About(task.shard, packing=task.packing, plan=plan.fingerprint))
         done = dataclasses.replace(done, failures=tuple(work.failures), padding=work.padding)
         write_done(done, task.out)
     except OSError as e:

@@ -77,6 +77,19 @@ def test_table_and_report_of_that_run(kept, tmp_path, capsys):
     assert last.split(",")[0].endswith(" equal")
 
 
+def test_files_that_cannot_be_read_are_named_after_the_numbers(photo, tmp_path, capsys):
+    data = tmp_path / "mixed"
+    data.mkdir()
+    (data / "good.png").write_bytes(Path(photo).read_bytes())
+    for name in "abcde":
+        (data / f"{name}.png").write_bytes(b"")
+    assert bench("jpeg#bytes=2000", "--data", data, "--out", tmp_path / "run", *QUICK) == 0
+    said = capsys.readouterr().out
+    assert "left out 5 of mixed, cannot be read:\n  a.png: " in said and "a.png is empty (0 bytes)" in said
+    assert "c.png: " in said and "d.png" not in said
+    assert f"and 2 more in {tmp_path / 'run' / 'run.json'}" in said
+
+
 def test_a_folder_of_pictures_and_sounds_is_a_set_each(photo, clip, tmp_path, capsys):
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)

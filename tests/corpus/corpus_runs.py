@@ -20,7 +20,8 @@ import torch
 
 from mmtok.corpus import attempts, pool
 from mmtok.corpus.records import LOCK, LOG, PlanSettings, Task
-from mmtok.corpus.run import Summary, tokenize_corpus
+from mmtok.corpus.run import tokenize_corpus
+from mmtok.corpus.summary import Summary
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS_PER_SHARD = 4

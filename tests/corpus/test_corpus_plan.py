@@ -288,7 +288,7 @@ def test_sources_without_anything_in_them_say_what_there_is(tmp_path: Path):
     with pytest.raises(ValueError, match="0 tar, 0 Parquet and 1 others"):
         make_plan(tmp_path / "notes.md")
     make_folder(tmp_path, sounds=2)
-    with pytest.raises(ValueError, match="expected at least one image, got 2 audio files"):
+    with pytest.raises(ValueError, match="expected at least one picture, got 2 audio files"):
         make_plan(tmp_path, PlanSettings(modality="image"))
     with pytest.raises(ValueError, match="expected a data set that save_to_disk wrote"):
         make_plan(f"datasets:{tmp_path}")

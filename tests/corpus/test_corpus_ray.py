@@ -119,3 +119,24 @@ def test_no_ray_at_an_address_is_told(codec, source, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no Ray at 'node-1:6379' \(nobody answers\); start it by `ray start --head`"):
         run_here(source, codec, tmp_path / "corpus", engine="ray", ray=RaySettings("node-1:6379"))
     assert (tmp_path / "corpus" / ".lock").stat().st_size == 0  # given back
+
+
+def test_a_ray_that_is_slow_to_start_is_tried_again_and_then_told(codec, source, tmp_path, monkeypatch):
+    import ray
+
+    starts = []
+
+    def slow(*arguments: object, **settings: object) -> None:
+        starts.append(arguments)
+        raise Exception("The current node timed out\nduring startup")  # as Ray itself does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(TimeoutError, match=r"at 'local' \(Exception: The current .* during startup\); try"):
+        run_here(source, codec, tmp_path / "corpus", engine="ray")
+    assert len(starts) == 3
+    with pytest.raises(TimeoutError, match="did not start at 'node-1:6379'"):
+        run_here(source, codec, tmp_path / "corpus", engine="ray", ray=RaySettings("node-1:6379"))
+    assert len(starts) == 4  # somebody else's is not ours to start

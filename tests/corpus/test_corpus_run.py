@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from corpus_fixtures import add_member, item_bytes, make_folder
 from corpus_runs import ROOT, assert_same, contents, log_of, run_here, save_binary, save_codec
 
@@ -24,8 +25,9 @@ from mmtok.corpus.index import Corpus
 from mmtok.corpus.lock import FolderLock
 from mmtok.corpus.progress import Progress
 from mmtok.corpus.records import PlanSettings, Task
-from mmtok.corpus.run import Summary, tokenize_corpus
+from mmtok.corpus.run import tokenize_corpus
 from mmtok.corpus.shard_file import done_path, shard_path
+from mmtok.corpus.summary import Summary
 from mmtok.corpus.work import Worked, tokenize_shard
 
 SOUNDS, SHARDS = 10, 3
@@ -54,6 +56,7 @@ def test_every_item_is_there_and_the_summary_says_what(undisturbed: tuple[Path, 
         p.relative_to(source).with_suffix("").as_posix() for p in source.rglob("*") if p.suffix in (".wav", ".flac")
     )
     assert (summary.items, summary.failures, summary.shards, summary.done, summary.made) == (SOUNDS, 0, 3, 3, 3)
+    assert summary.made_items == SOUNDS
     assert summary.exit_code == 0 and not summary.missing and summary.stopped is None
     seconds = sum(int(r.tokens.side["num_samples"]) / int(r.tokens.side["sample_rate"]) for r in corpus)
     assert summary.amount == pytest.approx(seconds)
@@ -72,6 +75,21 @@ def test_a_finished_corpus_is_left_as_it_is(copy: Path, codec: Path, source: Pat
     summary = run_here(source, codec, copy)
     assert (summary.made, summary.items, summary.exit_code, summary.share_in_model) == (0, SOUNDS, 0, None)
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_the_packing_changes_the_bytes_and_no_code(copy: Path, codec: Path, source: Path, tmp_path: Path):
+    rows = {}
+    for packing in ("bits", "ints"):
+        out = tmp_path / packing
+        assert run_here(source, codec, out, packing=packing).items == SOUNDS
+        assert json.loads((out / "index.json").read_bytes())["packing"] == packing
+        rows[packing] = {row.key: row.tokens.codes for row in Corpus(out)}
+    before = {row.key: row.tokens.codes for row in Corpus(copy)}
+    assert before.keys() == rows["bits"].keys() == rows["ints"].keys()
+    for key, codes in before.items():
+        assert torch.equal(codes, rows["bits"][key]) and torch.equal(codes, rows["ints"][key])
+    sizes = {p: sum(f.stat().st_size for f in (tmp_path / p).glob("shards/*.safetensors")) for p in rows}
+    assert sizes["bits"] < sizes["ints"]  # codes of 4 bits
 
 
 @pytest.mark.parametrize("damage", ["marker", "shard", "short", "index", "half", "marker-damaged"])
@@ -236,6 +254,7 @@ def test_a_tokenizer_that_changes_during_a_run_ends_it(codec: Path, source: Path
     [
         ({"num_codebooks": 2}, "num_codebooks None then, 2 now"),
         ({"batch_seconds": 5.0}, "batch_seconds 60.0 then, 5.0 now"),
+        ({"packing": "ints"}, "packing 'auto' then, 'ints' now"),
         ({"model_threads": 2}, "model_threads 1 then, 2 now"),
         ({"device": "cuda"}, "device 'cpu' then, 'cuda' now"),
         ({"plan_settings": PlanSettings(items_per_shard=5)}, "items_per_shard 4 then, 5 now"),
@@ -275,10 +294,13 @@ def test_bad_arguments_are_refused_before_anything_is_written(codec: Path, sourc
         ({"num_codebooks": 4}, r"num_codebooks: expected 1..3 for .*, got 4"),
         ({"num_tokens": 0}, "num_tokens: expected at least 1, got 0"),
         ({"text": True}, "takes no text; leave it out"),
+        ({"packing": "zip"}, "packing: expected one of auto, ints, bits, got 'zip'"),
     ):
         with pytest.raises(ValueError, match=words):
             run_here(source, codec, out, **changes)
         assert not out.exists()
+    with pytest.raises(ValueError, match="tokenizer: opus is a family: name one of it, opus:SOURCE"):
+        run_here(source, Path("opus"), out)
     with pytest.raises(ValueError, match="the tokenizer takes audio, the plan is to hold image"):
         run_here(source, codec, out, plan_settings=PlanSettings(modality="image"))
     full = tmp_path / "full"
