@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import io
-import itertools
 import json
 import logging
 import os
@@ -29,10 +27,9 @@ import random
 import shutil
 import statistics
 import sys
-import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +38,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import psutil
 import torch
-from benching.report import table
+from corpora.paper import constants_of, paper_calculation
+from corpora.reading import time_reading
+from corpora.tables import markdown, readme_text
 
 import mmtok
 from mmtok.bench.systems import machine
-from mmtok.corpus.index import TABLE, Corpus, write_index
+from mmtok.bench.tables import replace_block
+from mmtok.corpus.index import TABLE, write_index
 from mmtok.corpus.plan import make_plan, save_plan
 from mmtok.corpus.records import INDEX, LOG, PLAN, SHARDS, PlanSettings, Task
 from mmtok.corpus.run import tokenize_corpus
 from mmtok.corpus.shard_file import ShardFile, read_done, sha256_of, shard_path
-from mmtok.corpus.stream import TokenStream
 from mmtok.corpus.work import tokenize_shard
-from mmtok.tokens import smallest_uint, write_atomic
+from mmtok.tokens import write_atomic
 
-PAPER_SHARD = 10_000  # items
-GOAL_MODEL, GOAL_PADDING = 0.9, 0.1
+MARK = "results:corpus-cost"
+COUNTED = 64  # files whose operations are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +169,13 @@ def in_turn(case: Case, source: Path, out: Path, shard_items: int) -> dict[str, 
 
     One by one is the obvious loop: encode a file, keep its tokens.
     """
-    tokenizer = mmtok.load(case.tokenizer)
+    tokenizer = mmtok.load(case.tokenizer).requires_grad_(False)  # else the counter of operations asks for gradients
     plan = make_plan(source, PlanSettings(modality=case.modality, items_per_shard=shard_items))
     (out / SHARDS).mkdir(parents=True)
     save_plan(plan, out / PLAN)
     paths = {p.stem: p for p in source.iterdir() if p.suffix != ".txt"}
     tokenizer.encode(next(iter(paths.values())))  # warm
+    flops = flops_of(tokenizer, [paths[k] for k in sorted(paths)[:COUNTED]])
     for path in paths.values():
         path.read_bytes()  # so that whoever comes first does not read the disk for both
     turns: list[dict[str, float]] = []
@@ -194,7 +194,21 @@ def in_turn(case: Case, source: Path, out: Path, shard_items: int) -> dict[str, 
         if shard.number:  # the first one loads the tokenizer
             seconds = {k: seconds.get(k, 0.0) + v for k, v in worked.seconds.items()}
     write_index(out)
-    return {"turns": turns, "seconds": seconds, **weigh(out, turns)}
+    return {"turns": turns, "seconds": seconds, "flops": flops, **weigh(out, turns)}
+
+
+def flops_of(tokenizer: Any, paths: Sequence[Path]) -> dict[str, float]:
+    """Floating point operations of encode as torch counts them (products and convolutions), over those files."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    total = amount = 0.0
+    for path in paths:
+        with FlopCounterMode(display=False) as counter:
+            tokens = tokenizer.encode(path)
+        total += counter.get_total_flops()
+        side = {k: int(v[0]) for k, v in tokens.side.items() if k in ("num_samples", "sample_rate")}
+        amount += side["num_samples"] / side["sample_rate"] if side else 1
+    return {"flops": total, "amount": amount, "files": float(len(paths))}
 
 
 def weigh(out: Path, turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -273,253 +287,6 @@ def by_engine(case: Case, source: Path, out: Path, shard_items: int, engine: str
     }
 
 
-# ---- reading ----
-
-
-def write_rivals(out: Path, aside: Path) -> tuple[np.ndarray, np.ndarray, int, list[str]]:
-    """The codes of a corpus as one raw array (mapped, with offsets and Q), and as WebDataset tars of .npy and .txt."""
-    corpus = Corpus(out)
-    assert corpus.spec is not None
-    Q = corpus.spec.num_codebooks
-    dtype = smallest_uint(max(corpus.spec.codebook_sizes) - 1)
-    codes = [corpus.codes(i).numpy().astype(dtype) for i in range(len(corpus))]
-    offsets = np.cumsum([0, *(c.size for c in codes)])
-    aside.mkdir(parents=True)
-    np.concatenate([c.ravel() for c in codes]).tofile(aside / "codes.raw")
-    tars: list[str] = []
-    for number, items in itertools.groupby(range(len(corpus)), lambda i: corpus.locate(i)[0]):
-        tars.append(str(aside / f"{number:05d}.tar"))
-        with tarfile.open(tars[-1], "w") as tar:
-            for i in items:
-                buffer = io.BytesIO()
-                np.save(buffer, codes[i])
-                for suffix, data in (("npy", buffer.getvalue()), ("txt", (corpus[i].text or "").encode())):
-                    info = tarfile.TarInfo(f"{i:08d}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return np.memmap(aside / "codes.raw", dtype, "r"), offsets, Q, tars
-
-
-def readers(out: Path, aside: Path, workers: int) -> dict[str, Callable[[int], Iterator[int]]]:
-    """Name -> epoch -> the number of codes of every item (or batch) as it is read, in a shuffled order."""
-    import webdataset as wds
-
-    raw, offsets, Q, tars = write_rivals(out, aside)
-    corpus, count = Corpus(out), len(offsets) - 1
-
-    def order(epoch: int) -> list[int]:
-        return np.random.default_rng(epoch).permutation(count).tolist()
-
-    def memmap(epoch: int) -> Iterator[int]:
-        for i in order(epoch):
-            part = raw[offsets[i] : offsets[i + 1]]
-            yield torch.from_numpy(part.astype(np.int64).reshape(Q, -1)).numel()
-
-    def tar(epoch: int) -> Iterator[int]:
-        data = wds.WebDataset(tars, shardshuffle=len(tars), seed=epoch, empty_check=False).shuffle(1000).decode()
-        for sample in data:
-            yield torch.from_numpy(sample["npy"].astype(np.int64)).numel()
-
-    single, batched = TokenStream(out), TokenStream(out, batch=64)
-
-    def stream(reading: TokenStream, processes: int = 0) -> Iterator[int]:
-        for value in reading.loader(processes):  # each pass is the next epoch
-            yield int(value.tokens.lengths.sum()) * Q
-
-    return {
-        "numpy memmap, items": memmap,
-        "WebDataset, items": tar,
-        "TokenStream, items": lambda _: stream(single),
-        "TokenStream, batches of 64": lambda _: stream(batched),
-        f"TokenStream, batches of 64, {workers} workers": lambda _: stream(batched, workers),
-        "Corpus, random items": lambda epoch: (corpus[i].tokens.codes.numel() for i in order(epoch)),
-        "Corpus, random codes": lambda epoch: (corpus.codes(i).numel() for i in order(epoch)),
-    }
-
-
-def time_reading(out: Path, aside: Path, rounds: int, least: float, workers: int) -> dict[str, Any]:
-    """CPU and wall seconds an epoch of each reader in each round; every one must give every code."""
-    contest = readers(out, aside, workers)
-    index = json.loads((out / INDEX).read_text("utf-8"))["totals"]
-    passes = 1
-    cpu: dict[str, list[float]] = {name: [] for name in contest}
-    wall: dict[str, list[float]] = {name: [] for name in contest}
-    for turn in range(rounds + 1):
-        for name, read in contest.items():
-            start, begun = time.process_time(), time.perf_counter()
-            for epoch in range(passes):
-                if (codes := sum(read(epoch))) != index["codes"]:
-                    raise SystemExit(f"{name}: expected {index['codes']} codes, got {codes}")
-            if turn:  # the first one warms up, and tells how often to read
-                cpu[name].append((time.process_time() - start) / passes)
-                wall[name].append((time.perf_counter() - begun) / passes)
-            elif name.startswith("WebDataset"):
-                slowest = time.perf_counter() - begun
-        passes = max(passes, min(50, round(least / slowest)))
-    base = {"WebDataset": "WebDataset, items", "numpy": "numpy memmap, items"}
-    rows = []
-    for name in contest:
-        seconds = wall if "workers" in name else cpu
-        rows.append(
-            {
-                "reader": name,
-                "clock": "wall" if "workers" in name else "cpu",
-                "items_a_second": index["items"] / statistics.median(seconds[name]),
-                "codes_a_second": index["codes"] / statistics.median(seconds[name]),
-                **{
-                    f"over_{short}": statistics.median(
-                        b / a for a, b in zip(seconds[name], (wall if seconds is wall else cpu)[other], strict=True)
-                    )
-                    for short, other in base.items()
-                },
-                "cpu_seconds": cpu[name],
-                "wall_seconds": wall[name],
-            }
-        )
-    return {"items": index["items"], "codes": index["codes"], "passes": passes, "rows": rows}
-
-
-# ---- on paper ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Constants:
-    """Measured, of one corpus.
-
-    Args:
-        bytes_an_item: in a shard, key and text included. header_bytes: that a shard takes beside. nominal_bytes: of an
-            item's codes. index_bytes: of index.json, a shard. core_seconds: CPU time of an item, decoding included.
-        seconds_of_sound: of an item; None for pictures.
-    """
-
-    bytes_an_item: float
-    header_bytes: float
-    nominal_bytes: float
-    index_bytes: float
-    core_seconds: float
-    seconds_of_sound: float | None = None
-
-
-def constants_of(result: Mapping[str, Any]) -> Constants:
-    """Of what `in_turn` measured."""
-    sound = result["seconds_of_sound"]
-    return Constants(
-        result["bytes_an_item"],
-        result["header_bytes_a_shard"],
-        result["nominal_bytes_an_item"],
-        result["index_bytes_a_shard"],
-        1 / result["items_a_second"]["corpus_cpu"],
-        None if sound is None else sound / result["items"],
-    )
-
-
-def paper_calculation(
-    pictures: Constants, sound: Constants, items_per_shard: int = PAPER_SHARD, gpu_speed: float | None = None
-) -> list[dict[str, Any]]:
-    """What a billion images and a million hours take, in proportion to what was measured.
-
-    Args:
-        pictures, sound: measured constants.
-        items_per_shard: of the corpora to come; clips are as long as those measured.
-        gpu_speed: how many of the measured CPU cores one GPU replaces, the asker's own figure: measure it by a run with
-            `mmtok corpus tokenize --device cuda`. None: GPU hours are told as a formula.
-    """
-    if sound.seconds_of_sound is None:
-        raise ValueError("sound: expected constants of a corpus of sound, got those of pictures")
-    rows = []
-    for name, c, items in (
-        ("a billion images", pictures, 10**9),
-        ("a million hours of sound", sound, round(10**6 * 3600 / sound.seconds_of_sound)),
-    ):
-        shards, core_hours = -(-items // items_per_shard), items * c.core_seconds / 3600
-        # The index' own types: a 64-bit hash of each key, its item, and the shard and row of each item.
-        entry = 8 + sum(np.dtype(smallest_uint(n - 1)).itemsize for n in (items, shards, items_per_shard))
-        rows.append(
-            {
-                "corpus": name,
-                "items": items,
-                "shards_bytes": items * c.bytes_an_item + shards * c.header_bytes,
-                "nominal_bytes": items * c.nominal_bytes,
-                "index_bytes": items * entry + shards * c.index_bytes,
-                "shards": shards,
-                "cpu_core_hours": core_hours,
-                "gpu_hours": core_hours / gpu_speed if gpu_speed else f"{core_hours:,.0f} / R",
-            }
-        )
-    return rows
-
-
-# ---- the tables ----
-
-
-def paper_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["corpus", "items", "shards on disk", "nominal bits", "index", f"shards of {PAPER_SHARD:,}"]
-    head += ["CPU core hours", "GPU hours"]
-    cells = [
-        [row["corpus"], f"{row['items']:,.0f}"]
-        + [f"{row[k] / 1e12:.3g} TB" for k in ("shards_bytes", "nominal_bytes", "index_bytes")]
-        + [f"{row['shards']:,}", f"{row['cpu_core_hours']:,.0f}"]
-        + [row["gpu_hours"] if isinstance(row["gpu_hours"], str) else f"{row['gpu_hours']:,.0f}"]
-        for row in rows
-    ]
-    return table(head, cells)
-
-
-def markdown(run: Mapping[str, Any]) -> str:
-    """All tables."""
-    parts = [
-        "# A whole corpus: cost, scaling, reading",
-        f"{run['machine']['machine']}, load {run['load']} at the start, {run['date']}. "
-        f"`{run['command']}`" + (" A smoke run: generated files, the figures mean nothing." if run["smoke"] else ""),
-        "## Tokenizing in one process\n\nRates count CPU time, with decoding; the model's share is of the wall.",
-    ]
-    head = ["corpus", "tokenizer", "items", "failed", "items/s", "over one by one", "model's share", "padding"]
-    head += ["bytes an item", "nominal", "and a shard"]
-    cells = []
-    for name, r in run["cases"].items():
-        share = r["seconds"].get("model", 0.0) / max(1e-9, r["seconds"].get("total", 0.0))
-        cells.append(
-            [
-                *(name, f"`{r['tokenizer']}`", str(r["items"]), str(r["failures"])),
-                *(f"{r['items_a_second']['corpus_cpu']:.2f}", f"{r['batched_over_one_by_one']:.2f}x", f"{share:.1%}"),
-                *(f"{r['padding']:.1%}", f"{r['bytes_an_item']:.0f}", f"{r['nominal_bytes_an_item']:.0f}"),
-                f"{r['header_bytes_a_shard']:.0f}",
-            ]
-        )
-    parts.append(table(head, cells))
-    parts.append(f"Goals: {GOAL_MODEL:.0%} in the model, padding below {GOAL_PADDING:.0%}.")
-    parts.append("## Engines\n\nOver one worker of the same engine; equal bytes were checked.")
-    head = ["corpus", "engine", "workers", "items/s (wall)", "over 1 worker", "model's share", "MiB", "MiB a minute"]
-    cells = []
-    for name, r in run["cases"].items():
-        for e in r["engines"]:
-            one = next(o for o in r["engines"] if o["engine"] == e["engine"])
-            memory = e["memory"] or {}
-            told = [f"{memory[k]:.1f}" if k in memory else "too short" for k in ("mean_mib", "slope_mib_a_minute")]
-            cells.append(
-                [
-                    *(name, e["engine"], str(e["workers"]), f"{e['items_a_second']:.2f}"),
-                    *(f"{e['items_a_second'] / one['items_a_second']:.2f}x", f"{e['share_in_model']:.1%}", *told),
-                ]
-            )
-    parts.append(table(head, cells))
-    for name, reading in run["reading"].items():
-        parts.append(f"## Reading: {name}, {reading['items']} items, {reading['codes']} codes")
-        head = ["reader", "clock", "items/s", "M codes/s", "over WebDataset", "over numpy memmap"]
-        cells = [
-            [r["reader"], r["clock"], f"{r['items_a_second']:,.0f}", f"{r['codes_a_second'] / 1e6:.2f}"]
-            + [f"{r[k]:.2f}x" for k in ("over_WebDataset", "over_numpy")]
-            for r in reading["rows"]
-        ]
-        parts.append(table(head, cells))
-    parts.append(
-        "## On paper\n\nIn proportion to the measured constants. R: how many of these CPU cores one GPU replaces "
-        + (f"(given: {run['gpu_speed']:g})." if run["gpu_speed"] else "(not measured here).")
-    )
-    parts.append(paper_table(run["paper"]))
-    return "\n\n".join(parts) + "\n"
-
-
 def run_case(case: Case, folder: Path, files: int, args: argparse.Namespace) -> dict[str, Any]:
     """Files, one process, engines; the corpora of one case all have the same bytes."""
     source = folder / "files"
@@ -554,14 +321,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="most workers of an engine, and of a reader (default 2)")
     parser.add_argument("--engines", nargs="*", default=["local", "ray"], choices=["local", "ray"])
     parser.add_argument("--rounds", type=int, default=5, help="of reading (default 5)")
-    parser.add_argument("--gpu-speed", type=float, help="CPU cores that one GPU replaces, if you have measured it")
+    parser.add_argument(
+        "--gpu-tflops", type=float, default=100.0, help="1e12 operations a second that your GPU reaches (default 100)"
+    )
+    parser.add_argument("--readme", type=Path, help="whose tables are rewritten too, e.g. README.md")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few generated files, no Ray: only checks the machinery")
     args = parser.parse_args()
-    if args.files < 0 or args.workers < 1 or args.rounds < 1 or (args.gpu_speed is not None and args.gpu_speed <= 0):
-        raise SystemExit("expected --files >= 0, --workers >= 1, --rounds >= 1 and --gpu-speed > 0")
+    if args.files < 0 or args.workers < 1 or args.rounds < 1 or not args.gpu_tflops > 0:
+        raise SystemExit("expected --files >= 0, --workers >= 1, --rounds >= 1 and --gpu-tflops > 0")
     if args.out.exists() and any(args.out.iterdir()):
         raise SystemExit(f"{args.out} is not empty; pass another --out, or remove it: every run begins anew")
+    if args.readme is not None:
+        replace_block(args.readme.read_text("utf-8"), MARK, "")  # before the work: are its marks there?
     if args.smoke:
         args.engines, args.rounds, args.files, args.workers = ["local"], 1, 8, 1
     torch.set_num_threads(1)  # as every worker has
@@ -573,7 +345,7 @@ def main() -> None:
         "seed": args.seed,
         "load": round(os.getloadavg()[0], 1),
         "machine": machine(),
-        "gpu_speed": args.gpu_speed,
+        "gpu_tflops": args.gpu_tflops,
         "cases": {},
         "reading": {},
     }
@@ -585,10 +357,13 @@ def main() -> None:
                 out / "corpus", out / "rivals", args.rounds, 0.0 if args.smoke else 0.5, args.workers
             )
     pictures, sound = (constants_of(run["cases"][name]) for name in ("pictures", "speech"))
-    run["paper"] = paper_calculation(pictures, sound, gpu_speed=args.gpu_speed)
+    run["paper"] = paper_calculation(pictures, sound, tflops=args.gpu_tflops)
     text = markdown(run)
     write_atomic(args.results / "bench-corpus.json", (json.dumps(run, indent=1) + "\n").encode())
     write_atomic(args.results / "bench-corpus.md", text.encode())
+    if args.readme is not None:
+        page = replace_block(args.readme.read_text("utf-8"), MARK, readme_text(run))
+        write_atomic(args.readme, page.encode())
     shutil.rmtree(args.out)
     print(text)
 

@@ -100,6 +100,7 @@ class Contender:
         tokenizer: loaded, in eval mode.
         num_codebooks, num_tokens: arguments of ``encode``, None = all.
         with_text: give each item's text to ``encode`` and ``decode``.
+        source: what `open_contenders` takes for the same in another process; None: the label.
     """
 
     label: str
@@ -107,6 +108,7 @@ class Contender:
     num_codebooks: int | None = None
     num_tokens: int | None = None
     with_text: bool = False
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if not self.label or self.label == ORIGINAL:

@@ -182,7 +182,7 @@ def peak_memory(contender: Contender, item: Item, helpers: Path | None = None) -
     """Bytes above what the loaded tokenizer holds, at most, while one item is encoded, and decoded; and ``load``.
 
     On CUDA by the allocator, in this process. On a CPU by the resident set of a fresh process, which opens the
-    contender by its label, runs once to warm up, gives freed memory back to the system, and runs again.
+    contender by its source or label, runs once to warm up, gives freed memory back to the system, and runs again.
     ``helpers`` is the folder in which it finds a text encoder.
 
     Raises:
@@ -196,7 +196,11 @@ def peak_memory(contender: Contender, item: Item, helpers: Path | None = None) -
 
     with tempfile.TemporaryDirectory() as folder:
         save_file({"x": item.x.contiguous()}, Path(folder) / "item.safetensors")
-        about: dict[str, Any] = {"label": contender.label, "sample_rate": item.sample_rate, "text": item.text}
+        about: dict[str, Any] = {
+            "source": contender.source or contender.label,
+            "sample_rate": item.sample_rate,
+            "text": item.text,
+        }
         about |= {"threads": torch.get_num_threads(), "helpers": None if helpers is None else str(helpers)}
         (Path(folder) / "item.json").write_text(json.dumps(about))
         code = "import sys; from mmtok.bench.system_probes import measure_here; measure_here(sys.argv[1])"
@@ -211,7 +215,7 @@ def peak_memory(contender: Contender, item: Item, helpers: Path | None = None) -
         result = Path(folder) / "memory.json"
         if done.returncode or not result.is_file():
             said = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-            raise MemoryNotMeasuredError(f"a fresh process could not measure {contender.label!r}: {said}")
+            raise MemoryNotMeasuredError(f"a fresh process could not measure {about['source']!r}: {said}")
         return json.loads(result.read_text())
 
 
@@ -224,7 +228,7 @@ def measure_here(folder: str) -> None:
     torch.set_num_threads(about["threads"])
     before = _resident("VmRSS")
     helpers = None if about["helpers"] is None else Path(about["helpers"])
-    (contender,) = open_contenders([about["label"]], helpers=helpers)
+    (contender,) = open_contenders([about["source"]], helpers=helpers)
     loaded = _resident("VmRSS")
     tokens = contender.encode(item)  # the first run also brings in libraries
     found = {"load": float(loaded - before), "encode": _peak_of(lambda: contender.encode(item))}

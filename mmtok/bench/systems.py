@@ -132,7 +132,7 @@ def _bytes_on_disk(bench: _Bench) -> Result:
     contender = bench.contender
     if codes_are_bytes(contender.tokenizer):
         return bench.result("weights_bytes", 0, "byte", "lower", files="none: a classical codec")
-    name = contender.label.partition("#")[0]
+    name = (contender.source or contender.label).partition("#")[0]
     prefix, _, source = name.partition(":")
     folders = [Path(source), Path(name)]
     if prefix not in auto.families():

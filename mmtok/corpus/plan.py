@@ -86,7 +86,9 @@ def _of_survey(
     _refuse(settings, "folder", ("key_column", "bytes_column"))
     counts = {modality: files.items for modality, files in there.media.items() if files.items}
     if settings.modality is None and len(counts) > 1:
-        raise ValueError(f"{source}: expected pictures or sounds, got {_told(counts)}; choose the modality")
+        raise ValueError(
+            f"{source}: expected pictures or sounds, got {_told(counts)}; choose the modality, image or audio"
+        )
     modality = settings.modality or next(iter(counts), "")
     if not counts.get(modality):
         _refuse_empty(source, modality, counts, left_out)

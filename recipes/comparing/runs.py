@@ -104,7 +104,7 @@ def opened(run: Run, baselines: Path, device: str, helpers: Path | None) -> tupl
             continue
         tokenizer = mmtok.load(folder / "tokenizer", device)
         tokenizer.name = name
-        found.append(Contender(name, tokenizer.eval()))
+        found.append(Contender(name, tokenizer.eval(), source=str((folder / "tokenizer").absolute())))
     for spelled in run.classical:
         try:
             found += open_contenders([spelled], device)

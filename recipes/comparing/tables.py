@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from comparing.runs import RUNS, labels_of, spelled_name
@@ -277,6 +278,8 @@ def _set_of(row: Sequence[Result | None]) -> str:
 def _text(result: Result | None, column: Column) -> str:
     if result is None or result.value is None:
         return cell_text(result, 0)
+    if result.unit in ("samples", "pixels") and math.isinf(result.value):
+        return "whole"  # a field without end
     ends = [v * column.scale if column.brackets and v is not None else None for v in (result.low, result.high)]
     scaled = dataclasses.replace(result, value=result.value * column.scale, low=ends[0], high=ends[1])
     return cell_text(scaled, column.digits)
@@ -307,12 +310,18 @@ def notes(cells: Mapping[str, Sequence[Result | None]], columns: Sequence[Column
     return lines
 
 
+def _brief(r: Result) -> str:
+    """The reason without its remedy and its subject, so that contenders can share it; all of it is in the results."""
+    reason = re.split(r"[:;](?:\s|$)", r.not_run or "", maxsplit=1)[0]
+    return reason.replace(r.contender.partition("#")[0], "it")
+
+
 def _remarks(r: Result | None) -> Iterator[tuple[str, str]]:
     """Reasons that a reader must know of a cell, each with a count of items ("" where it is the whole cell)."""
     if r is None:
         return
     if r.value is None:
-        yield f"Not run ({r.not_run})", ""
+        yield f"Not run ({_brief(r)})", ""
         return
     for reason, count in r.protocol.get("unscored", {}).items():
         yield f"Items without a value, in no mean ({reason})", f"{count} items of "

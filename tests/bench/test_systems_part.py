@@ -273,6 +273,10 @@ def test_size_and_memory_of_a_saved_tokenizer(tmp_path: Path):
     found = results(c, sounds(100.0, 1), "memory")
     assert 3.2 < (found["encode_peak_memory"].value or 0) < 2000 and (found["decode_peak_memory"].value or 0) > 3.2
     assert found["encode_peak_memory"].unit == "MB" and found["load_memory"].protocol["timing"] is True
+    # one that a program opened, under a name of its own: another process opens it by its source
+    named = Contender("mine", c.tokenizer, num_codebooks=1, source=f"{folder}#levels=1")
+    assert results(named, sounds(), "size")["weights_bytes"].value == size["weights_bytes"].value
+    assert (results(named, sounds(100.0, 1), "memory")["encode_peak_memory"].value or 0) > 3.2
 
 
 def test_what_a_fresh_process_cannot_open_is_not_run(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,6 @@
 """README runs: every Python block, and the `mmtok` lines of shell blocks under ``<!-- run -->``, in their order.
 
-All of them share one folder, in which photo.jpg and speech.flac lie, as a reader would have them.
+All of them share one folder, in which photo.jpg, speech.flac and a folder recordings lie, as a reader would have them.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ def test_readme_code_runs(tmp_path: Path):
     work.mkdir()
     shutil.copyfile(PACKAGE / "assets" / "chelsea.jpg", work / "photo.jpg")
     shutil.copyfile(PACKAGE / "assets" / "speech.flac", work / "speech.flac")
+    (work / "recordings").mkdir()
+    shutil.copyfile(PACKAGE / "assets" / "speech.flac", work / "recordings" / "speech.flac")
+    (work / "recordings" / "speech.txt").write_text("a transcript")
     make_llama(work / "my-llama")
     env, ran = environment(tmp_path), 0
     for block in readme():

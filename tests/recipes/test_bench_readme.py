@@ -70,8 +70,8 @@ def test_a_table_has_scaled_numbers_intervals_the_originals_and_every_reason():
         "| **audio-codec-16k-4kbps**, 2 levels | 1.0 | 0.92 | not run | 12.3 [10.0, 15.0] |\n"
         "| the untouched items | - | - | - | 5.0 |\n\n"
         "Items without a value, in no mean (too short): PESQ of 2 items of audio-codec-16k-4kbps, 8 levels.\n\n"
-        "Not run (no network; fetch it): MOS.\n\n"
-        "Not run (no item has a value: silence): PESQ of audio-codec-16k-4kbps, 2 levels."
+        "Not run (no network): MOS.\n\n"
+        "Not run (no item has a value): PESQ of audio-codec-16k-4kbps, 2 levels."
     )
 
 

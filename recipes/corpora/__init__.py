@@ -1,0 +1,1 @@
+"""The parts of `recipes/bench_corpus.py`: readers to compare with, the calculation on paper, the tables."""

@@ -1,0 +1,146 @@
+"""Every picture and every clip that `fetch_data.py` brings, tokenized, checked byte by byte, and what it cost.
+
+Command:   python recipes/corpus_data.py --data data --out runs/corpus
+           The same command goes on where a killed one stopped; what is done is only checked again.
+Data:      `python recipes/fetch_data.py --out data`, then the same with `--only sounds`: its lists images.jsonl,
+           speech.jsonl and sounds.jsonl, with their captions and transcripts.
+Protocol:  three corpora by `tokenize_corpus`, one worker each with one thread for the network; then `verify` and
+           `stats`. Rates are items and seconds of sound a second of a worker at work, from log.jsonl, so that they are
+           the same for a run that was killed and went on; loading of the network is left out.
+Writes:    OUT/NAME: the corpora; recipes/results/corpus-data.json, and README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from benching.report import table
+
+from mmtok.bench.systems import machine
+from mmtok.bench.tables import replace_block
+from mmtok.corpus.inspect import stats, verify
+from mmtok.corpus.records import FAILURES, LOG, PlanSettings
+from mmtok.corpus.run import tokenize_corpus
+from mmtok.tokens import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "results:corpus"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A corpus to make; ``index`` lists its files below --data."""
+
+    name: str
+    tokenizer: str
+    modality: str
+    index: str
+
+
+CORPORA = (
+    Corpus("pictures", "image-binary1d-64x64", "image", "images.jsonl"),
+    Corpus("speech", "audio-codec-16k-4kbps", "audio", "speech.jsonl"),
+    Corpus("sounds", "audio-codec-16k-4kbps", "audio", "sounds.jsonl"),
+)
+
+
+def times_of(out: Path) -> dict[str, float]:
+    """Seconds of all shards that were made, by what they went to; a shard that was made twice counts once."""
+    shards: dict[int, Mapping[str, Any]] = {}
+    for line in (out / LOG).read_text("utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("seconds"):
+            shards[row["shard"]] = row
+    total: dict[str, float] = {"amount": sum(row["amount"] for row in shards.values())}
+    for row in shards.values():
+        for what, seconds in row["seconds"].items():
+            total[what] = total.get(what, 0.0) + seconds
+    return total
+
+
+def measure(one: Corpus, data: Path, out: Path, workers: int) -> dict[str, Any]:
+    """Tokenize what is left, check everything, and count."""
+    settings = PlanSettings(modality=one.modality, index=one.index)
+    summary = tokenize_corpus(data, one.tokenizer, out, workers=workers, plan_settings=settings)
+    if summary.exit_code:
+        raise SystemExit(str(summary))
+    if problems := verify(out):
+        raise SystemExit("\n".join([f"{out} is not whole:", *problems]))
+    found, times = stats(out), times_of(out)
+    found.pop("out")
+    levels = found.pop("levels")
+    found["usage"] = sum(level["usage"] for level in levels) / len(levels)
+    found.pop("reasons")
+    lines = (out / FAILURES).read_text("utf-8").splitlines()
+    found["failed"] = [{**json.loads(line), "reason": _reason(json.loads(line)["reason"], data)} for line in lines]
+    return {**dataclasses.asdict(one), **found, "padding": summary.padding, "unit": summary.unit, "times": times}
+
+
+def _reason(reason: str, data: Path) -> str:
+    """Without the place of the data, which differs from machine to machine."""
+    return reason.replace(f"{data.absolute()}/", "")
+
+
+def rows_table(corpora: Sequence[Mapping[str, Any]]) -> str:
+    head = ["corpus", "tokenizer", "items", "failed", "amount", "items/s", "amount/s", "in the model", "padding"]
+    head += ["bits a code, entropy", "bytes an item", "of them codes", "texts kept"]
+    cells = []
+    for c in corpora:
+        busy = c["times"]["total"] - c["times"]["load"]
+        amount = f"{c['times']['amount'] / 3600:.2f} h" if c["modality"] == "audio" else f"{c['pixels'] / 1e6:,.0f} Mpx"
+        rate = c["times"]["amount"] / busy
+        cells.append(
+            [
+                *(c["name"], f"`{c['tokenizer']}`", f"{c['items']:,}", str(c["failures"]), amount),
+                f"{c['items'] / busy:.1f}",
+                f"{rate:.1f} s" if c["modality"] == "audio" else f"{rate:.2f} Mpx",
+                *(f"{c['times']['model'] / busy:.0%}", f"{c['padding']:.1%}"),
+                f"{c['bits'] / c['codes']:.1f}, {c['entropy_bits'] / c['codes']:.1f}",
+                *(f"{c['bytes_per_item']:,.0f}", f"{c['bits'] / 8 / c['items']:,.0f}", f"{c['text_share']:.0%}"),
+            ]
+        )
+    return table(head, cells)
+
+
+def told(corpora: Sequence[Mapping[str, Any]]) -> str:
+    """README's block: the table, and what failed."""
+    failed = [f"{len(c['failed'])} of {c['name']}, such as {c['failed'][0]['reason']}" for c in corpora if c["failed"]]
+    return "\n\n".join([rows_table(corpora), *(f"Failed: {text}." for text in failed)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="what recipes/fetch_data.py made")
+    parser.add_argument("--out", type=Path, default=Path("runs/corpus"), help="folder of the corpora; done shards stay")
+    parser.add_argument("--only", nargs="+", choices=[c.name for c in CORPORA], help="these corpora; README stays")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results", help="folder of corpus-data.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose table is rewritten")
+    args = parser.parse_args()
+    chosen = [c for c in CORPORA if args.only is None or c.name in args.only]
+    for one in chosen:
+        if not (args.data / one.index).is_file():
+            raise SystemExit(f"no {args.data / one.index}; `python recipes/fetch_data.py --out {args.data}` makes it")
+    if args.only is None:
+        replace_block(args.readme.read_text("utf-8"), MARK, "")  # before the work: are its marks there?
+    made = [measure(one, args.data, args.out / one.name, args.workers) for one in chosen]
+    print(told(made))
+    if args.only is not None:
+        return
+    args.results.mkdir(parents=True, exist_ok=True)
+    run = {"machine": machine(), "workers": args.workers, "corpora": made}
+    write_atomic(args.results / "corpus-data.json", (json.dumps(run, indent=1) + "\n").encode())
+    page = replace_block(args.readme.read_text("utf-8"), MARK, told(made))
+    write_atomic(args.readme, page.encode())
+
+
+if __name__ == "__main__":
+    main()
