@@ -99,7 +99,7 @@ class Decoder:
             seen = tokenizer.encode_size(H, W)
             # A picture that is not resized stays as it is: encode lays transparency over white by itself.
             if seen != (H, W) and tokenizer.encode_size(*seen) == seen:
-                small = tokenizer._resize(torch.stack([image_io.to_rgb(x)]), seen)[0]
+                small = tokenizer._resize(image_io.to_rgb(x)[None], seen)[0]
                 x = small if small.shape[1:] == seen else x  # raw tokenizers do without
         h, w = x.shape[1:]
         side = {"height": H, "width": W, "channels": C, "bit_depth": picture.bit_depth}
