@@ -346,7 +346,8 @@ def _samples(run_folder: Path, media: _Media) -> list[dict[str, Any]]:
         {"from": path.parent.name, "file": media.add(path.parent, entry["path"]), "about": about}
         for path in sorted((run_folder / LANGUAGE).glob("*/index.json"))
         for entry in _entries(path)
-        for about in [{k: v for k, v in entry.items() if k != "path"}]
+        # No prompt is nothing to tell, of pictures least of all.
+        for about in [{k: v for k, v in entry.items() if k != "path" and (k, v) != ("prompt_seconds", 0)}]
     ]
 
 
