@@ -21,6 +21,7 @@ SAMPLE_RATES = range(1000, 768_001)  # Hz
 ZERO_CROSSINGS, ROLLOFF, KAISER_BETA = 64, 0.9475937167399596, 14.769656459379492  # of the resampling filter
 WRITE_BLOCK = 2**16  # frames; libsndfile's Vorbis encoder overflows the stack on millions at once
 MAX_FILTER = 2**24  # numbers in torchaudio's table of filters; odd rates would need gigabytes
+TOO_LOUD = "the file was coded far too loud: write it again at a lower gain"
 MAX_AMPLITUDE = 2.0  # lossy decoders overshoot 1 a little; integers that were not scaled lie far above
 
 
@@ -63,11 +64,14 @@ def _decoded(file: str | io.BytesIO, name: str) -> tuple[Tensor, int]:
         raise ValueError(f"{name} is not a readable audio file ({why}); expected WAV, FLAC, OGG, Opus or MP3") from e
     if array.shape[0] == 0:
         raise ValueError(f"{name} holds 0 samples; expected at least one")
-    return check_samples(as_tensor(array.T, name), name), check_rate(sample_rate, name)
+    return check_samples(as_tensor(array.T, name), name, TOO_LOUD), check_rate(sample_rate, name)
 
 
-def check_samples(x: Tensor, name: str = "audio") -> Tensor:
-    """Return ``x`` (C, L) as float32, or raise ValueError: shape, NaN, amplitude, channel count."""
+def check_samples(x: Tensor, name: str = "audio", quieter: str = "divide 16-bit values by 32768") -> Tensor:
+    """Return ``x`` (C, L) as float32, or raise ValueError: shape, NaN, amplitude, channel count.
+
+    ``quieter``: what to do about samples that are far above 1.
+    """
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name}: expected (C, L) with at least one sample, got shape {tuple(x.shape)}")
     if x.shape[0] > MAX_CHANNELS:
@@ -82,10 +86,7 @@ def check_samples(x: Tensor, name: str = "audio") -> Tensor:
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name}: expected finite samples, got NaN or infinity")
     if float(x.abs().max()) > MAX_AMPLITUDE:
-        raise ValueError(
-            f"{name}: expected floats in [-1, 1], got a peak of {float(x.abs().max()):.3g}; "
-            "divide 16-bit values by 32768"
-        )
+        raise ValueError(f"{name}: expected floats in [-1, 1], got a peak of {float(x.abs().max()):.3g}; {quieter}")
     return x
 
 

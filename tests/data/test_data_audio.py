@@ -191,3 +191,11 @@ def test_long_clips_keep_exact_lengths():
 def test_fit_length():
     assert fit_length(torch.ones(1, 3), 5).tolist() == [[1, 1, 1, 0, 0]]
     assert fit_length(torch.ones(1, 3), 2).tolist() == [[1, 1]]
+
+
+def test_a_file_that_was_coded_too_loud_is_told_apart_from_integers(tmp_path: Path):
+    soundfile.write(tmp_path / "loud.wav", np.array([0.5, 42.4, -3.0], np.float32), 16000, subtype="FLOAT")
+    with pytest.raises(
+        ValueError, match=r"loud.wav: expected floats in \[-1, 1\], got a peak of 42.4; .* a lower gain"
+    ):
+        read_audio(tmp_path / "loud.wav")
