@@ -1,7 +1,8 @@
 """Every picture and every clip that `fetch_data.py` brings, tokenized, checked byte by byte, and what it cost.
 
 Command:   python recipes/corpus_data.py --data data --out runs/corpus
-           The same command goes on where a killed one stopped; what is done is only checked again.
+           The same command goes on where a killed one stopped; what is done is only checked again. --smoke: a few
+           generated files, below OUT like all it writes.
 Data:      `python recipes/fetch_data.py --out data`, then the same with `--only sounds`: its lists images.jsonl,
            speech.jsonl and sounds.jsonl, with their captions and transcripts.
 Protocol:  three corpora by `tokenize_corpus`, one worker each with one thread for the network; then `verify` and
@@ -23,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benching.report import table
+from corpora.files import generate_files
 
 from mmtok.bench.systems import machine
 from mmtok.bench.tables import replace_block
@@ -116,20 +118,37 @@ def told(corpora: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join([rows_table(corpora), *(f"Failed: {text}." for text in failed)])
 
 
+def smoke_data(data: Path) -> None:
+    """A few generated files with their lists, as `fetch_data.py` lays them out."""
+    for one in CORPORA:
+        folder = data / one.name
+        if not folder.is_dir():
+            generate_files(one.modality, 4, 0, folder)
+        paths = sorted(p for p in folder.iterdir() if p.suffix != ".txt")
+        rows = [{"path": f"{one.name}/{p.name}", "text": p.with_suffix(".txt").read_text("utf-8")} for p in paths]
+        write_atomic(data / one.index, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="what recipes/fetch_data.py made")
     parser.add_argument("--out", type=Path, default=Path("runs/corpus"), help="folder of the corpora; done shards stay")
     parser.add_argument("--only", nargs="+", choices=[c.name for c in CORPORA], help="these corpora; README stays")
     parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
-    parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results", help="folder of corpus-data.json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose table is rewritten")
+    parser.add_argument("--results", type=Path, help="folder of corpus-data.json (default: recipes/results)")
+    parser.add_argument("--readme", type=Path, help="whose table is rewritten (default: README.md)")
+    parser.add_argument("--smoke", action="store_true", help="a few generated files: only checks the machinery")
     args = parser.parse_args()
+    if args.smoke:
+        args.data = args.out / "data"
+        smoke_data(args.data)
+    args.results = args.results or (args.out if args.smoke else ROOT / "recipes" / "results")
+    args.readme = args.readme or (None if args.smoke or args.only else ROOT / "README.md")
     chosen = [c for c in CORPORA if args.only is None or c.name in args.only]
     for one in chosen:
         if not (args.data / one.index).is_file():
             raise SystemExit(f"no {args.data / one.index}; `python recipes/fetch_data.py --out {args.data}` makes it")
-    if args.only is None:
+    if args.readme is not None:
         replace_block(args.readme.read_text("utf-8"), MARK, "")  # before the work: are its marks there?
     made = [measure(one, args.data, args.out / one.name, args.workers) for one in chosen]
     print(told(made))
@@ -138,8 +157,9 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     run = {"machine": machine(), "workers": args.workers, "corpora": made}
     write_atomic(args.results / "corpus-data.json", (json.dumps(run, indent=1) + "\n").encode())
-    page = replace_block(args.readme.read_text("utf-8"), MARK, told(made))
-    write_atomic(args.readme, page.encode())
+    if args.readme is not None:
+        page = replace_block(args.readme.read_text("utf-8"), MARK, told(made))
+        write_atomic(args.readme, page.encode())
 
 
 if __name__ == "__main__":

@@ -140,9 +140,12 @@ SPEECH_MODELS = (
     Column("by frequencies", "lm_order0_bits_per_second", 0, LANGUAGE, brackets=False),
     Column("by the model", "lm_bits_per_second", 0, LANGUAGE),
     Column("speaker kept % of splices", "lm_speaker_consistency", 1, LANGUAGE, SPLICES),
-    Column("DistillMOS, reconstructed", "lm_reconstructed_distillmos", 2, LANGUAGE),
-    Column("continued", "lm_continued_distillmos", 2, LANGUAGE),
-    Column("unprompted", "lm_unprompted_distillmos", 2, LANGUAGE),
+    Column("DNSMOS, reconstructed", "lm_reconstructed_dnsmos_ovrl", 2, LANGUAGE),
+    Column("continued", "lm_continued_dnsmos_ovrl", 2, LANGUAGE),
+    Column("FAD of other clips", "lm_original_fad[musicnn-mtt]", 1, LANGUAGE),
+    Column("reconstructed", "lm_reconstructed_fad[musicnn-mtt]", 1, LANGUAGE),
+    Column("continued", "lm_continued_fad[musicnn-mtt]", 1, LANGUAGE),
+    Column("unprompted", "lm_unprompted_fad[musicnn-mtt]", 1, LANGUAGE),
 )
 PICTURE_MODELS = (
     Column("nominal bits", "lm_nominal_bits_per_image", 0, LANGUAGE, brackets=False),
