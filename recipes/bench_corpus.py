@@ -26,7 +26,6 @@ import os
 import shutil
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,10 +33,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import numpy as np
-import psutil
 import torch
 from corpora.files import draw_files, generate_files
+from corpora.memory import Memory
 from corpora.paper import constants_of, paper_calculation
 from corpora.reading import time_reading
 from corpora.tables import markdown, readme_text
@@ -77,50 +75,6 @@ ENGINES = (("local", 1), ("local", 2), ("ray", 1), ("ray", 2))
 
 
 # ---- tokenizing ----
-
-
-class Memory(threading.Thread):
-    """Resident MiB of all processes below this one, sampled while the ``with`` block runs."""
-
-    def __init__(self, every: float = 0.25) -> None:
-        super().__init__(daemon=True)
-        self.every, self.samples, self._over = every, [], threading.Event()
-
-    def __enter__(self) -> Memory:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._over.wait(self.every):
-            total = 0
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    total += process.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-            self.samples.append((time.time(), total / 2**20))
-
-    def report(self, begin: float, end: float) -> dict[str, float] | None:
-        """Of the second half of ``begin`` .. ``end`` (seconds since 1970): mean, slope, and the rise as a share.
-
-        None where that is less than 10 seconds: what a process takes at first would look like a slope.
-        """
-        half = [(t, mib) for t, mib in self.samples if (begin + end) / 2 <= t <= end]
-        if len(half) < 10 or half[-1][0] - half[0][0] < 10:
-            return None
-        t, mib = np.array(half).T
-        slope = float(np.polyfit(t - t[0], mib, 1)[0])
-        return {
-            "largest_mib": max(m for _, m in self.samples),
-            "mean_mib": float(mib.mean()),
-            "slope_mib_a_minute": 60 * slope,
-            "rise": slope * float(t[-1] - t[0]) / float(mib.mean()),
-            "seconds": float(t[-1] - t[0]),
-        }
 
 
 def in_turn(case: Case, source: Path, out: Path, shard_items: int) -> dict[str, Any]:
@@ -254,7 +208,7 @@ def run_case(case: Case, folder: Path, files: int, args: argparse.Namespace) -> 
     else:
         draw_files(args.data, case.index, files, args.seed, source)
     media = sum(p.suffix != ".txt" for p in source.iterdir())
-    shard_items = max(4 if args.smoke else 25, -(-media // 16))  # few in a shard: its start would be what is measured
+    shard_items = max(4 if args.smoke else 25, -(-media // 8))  # few in a shard: its start would be what is measured
     print(f"{case.name}: {media} files, {shard_items} a shard, {case.tokenizer}", file=sys.stderr)
     found = {"tokenizer": case.tokenizer, **in_turn(case, source, folder / "corpus", shard_items), "engines": []}
     expected = {p.name: sha256_of(p) for p in sorted((folder / "corpus" / SHARDS).glob("*.safetensors"))}

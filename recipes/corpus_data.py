@@ -7,7 +7,8 @@ Data:      `python recipes/fetch_data.py --out data`, then the same with `--only
            speech.jsonl and sounds.jsonl, with their captions and transcripts.
 Protocol:  three corpora by `tokenize_corpus`, one worker each with one thread for the network; then `verify` and
            `stats`. Rates are items and seconds of sound a second of a worker at work, from log.jsonl, so that they are
-           the same for a run that was killed and went on; loading of the network is left out.
+           the same for a run that was killed and went on; loading of the network is left out. Memory is the resident
+           set of the worker over the second half of an undisturbed run, and the slope fitted to it.
 Writes:    OUT/NAME: the corpora; recipes/results/corpus-data.json, and README's table.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benching.report import table
 from corpora.files import generate_files
+from corpora.memory import Memory
 
 from mmtok.bench.systems import machine
 from mmtok.bench.tables import replace_block
@@ -35,6 +38,7 @@ from mmtok.tokens import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "results:corpus"
+FIGURES = "corpus-data.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +72,14 @@ def times_of(out: Path) -> dict[str, float]:
     return total
 
 
-def measure(one: Corpus, data: Path, out: Path, workers: int) -> dict[str, Any]:
+def measure(one: Corpus, data: Path, out: Path, results: Path, workers: int) -> dict[str, Any]:
     """Tokenize what is left, check everything, and count."""
     settings = PlanSettings(modality=one.modality, index=one.index)
-    summary = tokenize_corpus(data, one.tokenizer, out, workers=workers, plan_settings=settings)
+    begin = time.time()
+    with Memory() as memory:
+        summary = tokenize_corpus(data, one.tokenizer, out, workers=workers, plan_settings=settings)
+    whole = summary.made == summary.shards
+    resident = memory.report(begin, time.time()) if whole else _former(results, one.name)
     if summary.exit_code:
         raise SystemExit(str(summary))
     if problems := verify(out):
@@ -83,7 +91,15 @@ def measure(one: Corpus, data: Path, out: Path, workers: int) -> dict[str, Any]:
     found.pop("reasons")
     lines = (out / FAILURES).read_text("utf-8").splitlines()
     found["failed"] = [{**json.loads(line), "reason": _reason(json.loads(line)["reason"], data)} for line in lines]
-    return {**dataclasses.asdict(one), **found, "padding": summary.padding, "unit": summary.unit, "times": times}
+    found |= {"padding": summary.padding, "unit": summary.unit, "times": times, "memory": resident}
+    return {**dataclasses.asdict(one), **found}
+
+
+def _former(results: Path, name: str) -> dict[str, float] | None:
+    """What an undisturbed run left; of one that was resumed there is nothing to say of its memory over time."""
+    path = results / FIGURES
+    corpora = json.loads(path.read_text("utf-8"))["corpora"] if path.is_file() else []
+    return next((c["memory"] for c in corpora if c["name"] == name), None)
 
 
 def _reason(reason: str, data: Path) -> str:
@@ -93,7 +109,7 @@ def _reason(reason: str, data: Path) -> str:
 
 def rows_table(corpora: Sequence[Mapping[str, Any]]) -> str:
     head = ["corpus", "tokenizer", "items", "failed", "amount", "items/s", "amount/s", "in the model", "padding"]
-    head += ["bits a code, entropy", "bytes an item", "of them codes", "texts kept"]
+    head += ["bits a code, entropy", "bytes an item", "of them codes", "texts kept", "memory MiB, a minute later"]
     cells = []
     for c in corpora:
         busy = c["times"]["total"] - c["times"]["load"]
@@ -107,9 +123,15 @@ def rows_table(corpora: Sequence[Mapping[str, Any]]) -> str:
                 *(f"{c['times']['model'] / busy:.0%}", f"{c['padding']:.1%}"),
                 f"{c['bits'] / c['codes']:.1f}, {c['entropy_bits'] / c['codes']:.1f}",
                 *(f"{c['bytes_per_item']:,.0f}", f"{c['bits'] / 8 / c['items']:,.0f}", f"{c['text_share']:.0%}"),
+                _memory(c["memory"]),
             ]
         )
     return table(head, cells)
+
+
+def _memory(found: Mapping[str, float] | None) -> str:
+    """Mean of the second half of the run, and how it changes."""
+    return f"{found['mean_mib']:,.0f}, {found['slope_mib_a_minute']:+.1f}" if found else ""
 
 
 def told(corpora: Sequence[Mapping[str, Any]]) -> str:
@@ -150,13 +172,13 @@ def main() -> None:
             raise SystemExit(f"no {args.data / one.index}; `python recipes/fetch_data.py --out {args.data}` makes it")
     if args.readme is not None:
         replace_block(args.readme.read_text("utf-8"), MARK, "")  # before the work: are its marks there?
-    made = [measure(one, args.data, args.out / one.name, args.workers) for one in chosen]
+    made = [measure(one, args.data, args.out / one.name, args.results, args.workers) for one in chosen]
     print(told(made))
     if args.only is not None:
         return
     args.results.mkdir(parents=True, exist_ok=True)
     run = {"machine": machine(), "workers": args.workers, "corpora": made}
-    write_atomic(args.results / "corpus-data.json", (json.dumps(run, indent=1) + "\n").encode())
+    write_atomic(args.results / FIGURES, (json.dumps(run, indent=1) + "\n").encode())
     if args.readme is not None:
         page = replace_block(args.readme.read_text("utf-8"), MARK, told(made))
         write_atomic(args.readme, page.encode())

@@ -20,7 +20,7 @@ from mmtok.corpus.sources import read_samples
 from mmtok.tokenizer import AudioTokenizer, Tokenizer, integers
 from mmtok.tokens import Tokens
 
-FIRST_WINDOW = 32  # items; doubled from window to window, so that the model need not wait long for the first
+FIRST_WINDOW = 8  # items; doubled from window to window, so that the model need not wait long for the first
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOADED: dict[tuple[str, str, str], Tokenizer] = {}  # of this process: the last one, by name, fingerprint and device
 _PLANS: dict[tuple[str, int, int], Plan] = {}  # of this process: the last one, by path, time and size

@@ -163,7 +163,7 @@ def to_rgb(pixels: Tensor) -> Tensor:
         return pixels.expand(3, -1, -1)
     if pixels.shape[0] == 4:
         alpha = pixels[3:]
-        return pixels[:3] * alpha + (1 - alpha)
+        return (pixels[:3] * alpha).add_(1 - alpha)
     return pixels
 
 

@@ -70,7 +70,7 @@ def markdown(run: Mapping[str, Any]) -> str:
 def readme_text(run: Mapping[str, Any]) -> str:
     """What a corpus costs, how it scales, how fast it is read, and the calculation on paper, shorter."""
     head = ["2,000 files each", "items/s of a core", "over one by one", "in the model", "padding"]
-    head += ["2 local workers", "2 Ray workers", "memory, MiB"]
+    head += ["2 local workers", "2 Ray workers"]
     head[0] = f"{min(r['items'] + r['failures'] for r in run['cases'].values()):,} files each"
     cells = []
     for name, r in run["cases"].items():
@@ -79,7 +79,7 @@ def readme_text(run: Mapping[str, Any]) -> str:
         cells.append(
             [
                 *(f"{name}, `{r['tokenizer']}`", f"{r['items_a_second']['corpus_cpu']:.1f}"),
-                *(f"{r['batched_over_one_by_one']:.2f}x", f"{share:.0%}", f"{r['padding']:.1%}", *scaled, _memory(r)),
+                *(f"{r['batched_over_one_by_one']:.2f}x", f"{share:.0%}", f"{r['padding']:.1%}", *scaled),
             ]
         )
     parts = [table(head, cells)]
@@ -97,11 +97,3 @@ def _scaling(result: Mapping[str, Any], engine: str) -> str:
     """Items a second of two workers over those of one; empty where it was not run."""
     rates = {e["workers"]: e["items_a_second"] for e in result["engines"] if e["engine"] == engine}
     return f"{rates[2] / rates[1]:.2f}x" if {1, 2} <= set(rates) else ""
-
-
-def _memory(result: Mapping[str, Any]) -> str:
-    """Of one local worker: mean and slope of the second half of the run."""
-    for e in result["engines"]:
-        if e["engine"] == "local" and e["workers"] == 1 and e["memory"]:
-            return f"{e['memory']['mean_mib']:,.0f}, {e['memory']['slope_mib_a_minute']:+.1f} a minute"
-    return ""
