@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benching.report import table
 from corpora.files import generate_files
-from corpora.memory import Memory
+from corpora.memory import Memory, lasting
 
 from mmtok.bench.systems import machine
 from mmtok.bench.tables import replace_block
@@ -131,7 +131,7 @@ def rows_table(corpora: Sequence[Mapping[str, Any]]) -> str:
 
 def _memory(found: Mapping[str, float] | None) -> str:
     """Mean of the second half of the run, and how it changes."""
-    return f"{found['mean_mib']:,.0f}, {found['slope_mib_a_minute']:+.1f}" if found else ""
+    return f"{found['mean_mib']:,.0f}, {found['slope_mib_a_minute']:+.0f}" if (found := lasting(found)) else "too short"
 
 
 def told(corpora: Sequence[Mapping[str, Any]]) -> str:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import psutil
+
+LEAST = 30.0  # seconds from which on a slope says something: workers fill their windows at first
+
+
+def lasting(found: Mapping[str, float] | None) -> Mapping[str, float] | None:
+    """A report that is long enough to tell of memory over time, else None."""
+    return found if found is not None and found["seconds"] >= LEAST else None
 
 
 class Memory(threading.Thread):

@@ -7,6 +7,7 @@ from typing import Any
 
 from benching.report import table
 
+from corpora.memory import lasting
 from corpora.paper import paper_table
 
 GOAL_MODEL, GOAL_PADDING = 0.9, 0.1
@@ -41,7 +42,7 @@ def markdown(run: Mapping[str, Any]) -> str:
     for name, r in run["cases"].items():
         for e in r["engines"]:
             one = next(o for o in r["engines"] if o["engine"] == e["engine"])
-            memory = e["memory"] or {}
+            memory = lasting(e["memory"]) or {}
             told = [f"{memory[k]:.1f}" if k in memory else "too short" for k in ("mean_mib", "slope_mib_a_minute")]
             cells.append(
                 [
