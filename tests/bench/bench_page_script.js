@@ -90,8 +90,7 @@ found.released = read(who);
 radio('#viewer', '8');
 found.zoom = [canvas(who).getBoundingClientRect().width, getComputedStyle(canvas(who)).imageRendering];
 const pans = all('#viewer .pan');
-pans[1].scrollTo(77, 0);
-await until(() => pans[3].scrollLeft > 0, 'panning');
+await until(() => { pans[1].scrollTo(77, 0); return pans[3].scrollLeft > 0; }, 'panning');  // a late event may undo one
 found.panned = pans.map(x => x.scrollLeft);
 const map = one('#viewer canvas.codes[data-codes="' + CSS.escape(found.first[1]) + '"]');
 found.map = {size: [map.width, map.height], rgba: [...map.getContext('2d').getImageData(0, 0, map.width, map.height).data]};
