@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from mmtok.bench.records import Result, append_line, read_lines, read_results, result_line
+from mmtok.bench.run_folder import FORMAT
 from mmtok.cli import main
+from mmtok.cli.bench import _left_out
 
 QUICK = ["--scorers", "image_signal,stoi"]
 
@@ -88,6 +90,16 @@ def test_files_that_cannot_be_read_are_named_after_the_numbers(photo, tmp_path, 
     assert "left out 5 of mixed, cannot be read:\n  a.png: " in said and "a.png is empty (0 bytes)" in said
     assert "c.png: " in said and "d.png" not in said
     assert f"and 2 more in {tmp_path / 'run' / 'run.json'}" in said
+
+
+def test_what_a_contender_refused_is_named_after_the_numbers(tmp_path):
+    items = [{"item": f"{n}.png", "reason": "too small"} for n in range(4)]
+    (tmp_path / "run.json").write_text(
+        json.dumps({"format": FORMAT, "bad_files": {}, "refused": {"a": {"photos": items}}})
+    )
+    lines = _left_out(tmp_path)
+    assert lines[:2] == ["left out 4 of photos, refused by a:", "  0.png: too small"] and len(lines) == 4
+    assert lines[3] == f"  2.png: too small, and 1 more in {tmp_path / 'run.json'}"
 
 
 def test_a_folder_of_pictures_and_sounds_is_a_set_each(photo, clip, tmp_path, capsys):

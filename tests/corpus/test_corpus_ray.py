@@ -140,3 +140,23 @@ def test_a_ray_that_is_slow_to_start_is_tried_again_and_then_told(codec, source,
     with pytest.raises(TimeoutError, match="did not start at 'node-1:6379'"):
         run_here(source, codec, tmp_path / "corpus", engine="ray", ray=RaySettings("node-1:6379"))
     assert len(starts) == 4  # somebody else's is not ours to start
+
+
+@pytest.mark.parametrize(
+    ("second", "words"), [(ConnectionError("gone"), "no Ray at 'local'"), (ValueError("bad address"), "^bad address$")]
+)
+def test_what_no_second_try_would_mend_is_told_at_once(second, words, codec, source, tmp_path, monkeypatch):
+    import ray
+
+    errors = [Exception("timed out"), second]  # the first try is only slow
+
+    def start(*arguments: object, **settings: object) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match=words):
+        run_here(source, codec, tmp_path / "corpus", engine="ray")
+    assert not errors

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import bench_corpus  # noqa: E402 - after the path
 import corpus_data  # noqa: E402
+from corpora.memory import lasting  # noqa: E402
 from corpora.paper import Constants, constants_of, paper_calculation  # noqa: E402
 
 MEASURED = {"items_a_second": {"corpus_cpu": 4.0}, "items": 10, "bytes_an_item": 100.0, "header_bytes_a_shard": 2000.0}
@@ -56,6 +57,16 @@ def test_operations_are_counted_and_so_is_the_sound(tmp_path: Path):
 
     found = bench_corpus.flops_of(SimpleNamespace(encode=encode), [tmp_path / "a", tmp_path / "b"])
     assert found == {"flops": 2 * (2 * 24 * 8 * 4), "amount": 3.0, "files": 2.0}
+
+
+def test_memory_is_told_of_runs_that_last_and_kept_by_one_that_was_resumed(tmp_path: Path):
+    found = {"mean_mib": 1234.4, "slope_mib_a_minute": -3.2, "seconds": 30.0}
+    assert lasting(found) is found and lasting({**found, "seconds": 29.0}) is None and lasting(None) is None
+    assert corpus_data._memory(found) == "1,234, -3" and corpus_data._memory(None) == "too short"
+    assert corpus_data._former(tmp_path, "speech") is None
+    row = {"name": "speech", "memory": found}
+    (tmp_path / corpus_data.FIGURES).write_text(json.dumps({"corpora": [row]}))
+    assert corpus_data._former(tmp_path, "speech") == found and corpus_data._former(tmp_path, "sounds") is None
 
 
 @pytest.mark.slow

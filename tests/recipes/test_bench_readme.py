@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ CODEC = "audio-codec-16k-4kbps#levels={}"
 def made_up(contender: str, metric: str, value: float | None, test_set: str = "speech", **more: Any) -> Result:
     plain: dict[str, Any] = {"part": "reconstruction", "unit": "1", "direction": "higher", "count": 45}
     return Result(contender=contender, test_set=test_set, metric=metric, value=value, **{**plain, **more})
+
+
+def test_a_field_without_end_is_the_whole_and_a_reason_is_told_without_its_remedy():
+    endless = made_up("a", "field", math.inf, unit="samples")
+    assert tables._text(endless, Column("field", "field", 0)) == "whole"
+    assert tables._text(dataclasses.replace(endless, unit="dB"), Column("field", "field", 0)) == "inf"
+    lacks = made_up("codec#levels=2", "latency", None, not_run="codec is not causal: it looks ahead; use encode")
+    assert tables._brief(lacks) == "it is not causal"
 
 
 SPEECH = Table(
