@@ -912,7 +912,8 @@
     const strip = h('div', {class: 'strip', role: 'listbox', 'aria-label': 'Gallery items'}), holder = h('div', {class: 'viewer', id: 'viewer'});
     const slots = h('span', {class: 'slot'});
     let turn = 0;
-    async function open(entry) {
+    const open = (entry) => (api.opened = shown(entry)); // who waits for api.opened waits for the latest
+    async function shown(entry) {
       const mine = ++turn;
       if (playing) playing.pause();
       if (state.entry && state.entry.set !== entry.set) state.view.zoom = 0;
@@ -958,7 +959,7 @@
     $('gallery').append(h('div', {class: 'tools'}, setField, slots), strip, holder);
     $('gallery').hidden = false;
     redraw.push((by) => { if (by === 'filter-contenders') { list(); open(state.entry); } });
-    api.opened = choose();
+    choose();
     api.openItem = (set, item) => {
       const entry = all.find((e) => e.set === set && e.item === item);
       if (!entry) return null;

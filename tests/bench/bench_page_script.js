@@ -66,6 +66,7 @@ found.pointed = one('#protocol').open;
 one('#protocol').close();
 
 // pictures
+await bench.opened;  // a filter draws the item again
 const canvas = name => all('#viewer canvas').find(x => x.dataset.picture === name);
 const read = name => { const c = canvas(name), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
   const rgb = []; for (let i = 0; i < d.length; i += 4) rgb.push(d[i], d[i + 1], d[i + 2]); return rgb; };
@@ -90,7 +91,8 @@ found.released = read(who);
 radio('#viewer', '8');
 found.zoom = [canvas(who).getBoundingClientRect().width, getComputedStyle(canvas(who)).imageRendering];
 const pans = all('#viewer .pan');
-await until(() => { pans[1].scrollTo(77, 0); return pans[3].scrollLeft > 0; }, 'panning');  // a late event may undo one
+pans[1].scrollTo(77, 0);
+await until(() => pans[3].scrollLeft > 0, 'panning');
 found.panned = pans.map(x => x.scrollLeft);
 const map = one('#viewer canvas.codes[data-codes="' + CSS.escape(found.first[1]) + '"]');
 found.map = {size: [map.width, map.height], rgba: [...map.getContext('2d').getImageData(0, 0, map.width, map.height).data]};
@@ -124,7 +126,9 @@ const heard = players[0].currentTime;
 radio('#viewer', found.speech = rows('speech')[1]);
 await until(() => !players[2].paused && players[2].currentTime > heard, 'the switch');
 found.ab = {first: players[0].paused, before: heard, after: players[2].currentTime,
-  current: one('#viewer .sound.current b').textContent, head: parseFloat(all('#viewer .playhead')[2].style.left)};
+  current: one('#viewer .sound.current b').textContent};
+found.ab.head = await until(() => { const x = parseFloat(all('#viewer .playhead')[2].style.left);  // moves with the next frame
+  return x > 100 * heard / players[2].duration && x; }, 'the playhead');
 await players[1].play();
 await until(() => players[2].paused, 'the others to stop');
 found.playing = players.map(x => !x.paused);

@@ -49,8 +49,6 @@ def ask(page: str, script: str, profile: Path, seconds: float = 60) -> str:
     command = chromium()
     assert command is not None
     flags = ["--headless=new", "--disable-gpu", "--autoplay-policy=no-user-gesture-required", "--no-first-run"]
-    # Scroll events come with frames, and a window that nobody sees may get none.
-    flags += ["--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"]
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses its sandbox to root
     process = subprocess.Popen(
         [command, *flags, f"--user-data-dir={profile}", f"http://127.0.0.1:{server.server_port}/"],
