@@ -579,6 +579,27 @@ def test_so_many_decoded_items_are_alive_at_most(pictures, monkeypatch, window, 
     assert 1 < highest <= most and not alive
 
 
+@pytest.mark.parametrize(
+    ("modality", "windows"), [("image", [8, 10, 12, 10]), ("audio", [8, 16, 16]), ("most", [8, 9, 9, 9, 5])]
+)
+def test_windows_grow_by_what_decoding_costs_beside_a_network(
+    modality, windows, bench, codec, binary, tmp_path, monkeypatch
+):
+    """Pictures' slowly, or the model would wait while twice as many are decoded; never beyond the most."""
+    seen: list[int] = []
+    kept = work.ShardWork._work_off
+
+    def counted(self: work.ShardWork, waiting: dict) -> Iterator:
+        seen.append(len(waiting))
+        return kept(self, waiting)
+
+    monkeypatch.setattr(work.ShardWork, "_work_off", counted)
+    found, folder = ("audio", codec) if modality == "audio" else ("image", binary)
+    samples = samples_of(found, 40, tmp_path)
+    bench(folder, samples, found).work(Window(items=9) if modality == "most" else None)
+    assert seen == windows
+
+
 def test_decoding_goes_on_while_the_model_works(pictures, monkeypatch):
     # The first batch waits until a picture of the next window is decoded, which only another thread can do.
     ahead = threading.Event()
