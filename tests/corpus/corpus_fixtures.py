@@ -11,11 +11,15 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from mmtok.corpus.records import Failure, Sample
+from mmtok.tokenizer import Tokenizer
 
 RATES = (8000, 16000, 22050, 44100)  # Hz
 WORDS = ("a red boat", "two cats, one asleep", "naïve café", "line of\u2028trees", "水 and stone")
@@ -222,3 +226,34 @@ def make_dataset(
         Made(f"data#{i}", row[modality]["bytes"] if features else row[modality], row.get("caption"), path.name)
         for i, row in enumerate(rows)
     ]
+
+
+def samples_of(modality: str, count: int, folder: Path) -> list[Sample | Failure]:
+    """Every other one in memory, the others as files in ``folder``; texts for two of three."""
+    found: list[Sample | Failure] = []
+    for n in range(count):
+        data, path = item_bytes(modality, n), folder / f"{n}{suffix_of(modality, n)}"
+        path.write_bytes(data)
+        text = caption(n) if n % 3 else None
+        inside = n % 4 < 2
+        found.append(Sample(f"k{n:02d}", data if inside else None, None if inside else path, text, {"number": n}))
+    return found
+
+
+def encodes(
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: Tokenizer,
+    refuse: Callable[[list], Exception | None] = lambda x: None,
+) -> list[int]:
+    """Batch sizes that encode is called with from now on; ``refuse`` may give an error to raise."""
+    sizes: list[int] = []
+    real = type(tokenizer).encode
+
+    def encode(x, *more):
+        sizes.append(len(x))
+        if error := refuse(x):
+            raise error
+        return real(tokenizer, x, *more)
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    return sizes

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from corpus_fixtures import caption, image_bytes, item_bytes, make_folder, sound_bytes, suffix_of
+from corpus_fixtures import encodes, image_bytes, make_folder, samples_of, sound_bytes
 from PIL import Image
 
 from mmtok.audio.codec import AudioCodec
@@ -102,18 +102,6 @@ def bench(monkeypatch, tmp_path) -> Make:
         return Bench(task, samples)
 
     return make
-
-
-def samples_of(modality: str, count: int, folder: Path) -> list[Sample | Failure]:
-    """Every other one in memory, the others as files in ``folder``; texts for two of three."""
-    found: list[Sample | Failure] = []
-    for n in range(count):
-        data, path = item_bytes(modality, n), folder / f"{n}{suffix_of(modality, n)}"
-        path.write_bytes(data)
-        text = caption(n) if n % 3 else None
-        inside = n % 4 < 2
-        found.append(Sample(f"k{n:02d}", data if inside else None, None if inside else path, text, {"number": n}))
-    return found
 
 
 def alone(tokenizer: Tokenizer, samples: list[Sample | Failure], folder: Path) -> list[Tokens]:
@@ -312,23 +300,6 @@ def test_a_shard_of_bad_files_only_is_an_empty_shard(bench, binary):
     done = made.work().done
     assert (done.items, len(done.failures), done.padding, done.first_key) == (0, 2, 0.0, None)
     assert len(made.shard) == 0 and made.work().done == done
-
-
-def encodes(
-    monkeypatch, tokenizer: Tokenizer, refuse: Callable[[list], Exception | None] = lambda x: None
-) -> list[int]:
-    """Batch sizes that encode is called with from now on; ``refuse`` may give an error to raise."""
-    sizes: list[int] = []
-    real = type(tokenizer).encode
-
-    def encode(x, *more):
-        sizes.append(len(x))
-        if error := refuse(x):
-            raise error
-        return real(tokenizer, x, *more)
-
-    monkeypatch.setattr(tokenizer, "encode", encode)
-    return sizes
 
 
 @pytest.mark.parametrize("error", [ValueError("no\nsuch sound"), RuntimeError("out of memory"), IndexError()])
