@@ -41,7 +41,7 @@ from corpora.reading import time_reading
 from corpora.tables import markdown, readme_text
 
 import mmtok
-from mmtok.bench.systems import machine
+from mmtok.bench.system_probes import machine
 from mmtok.bench.tables import replace_block
 from mmtok.corpus.index import TABLE, write_index
 from mmtok.corpus.plan import make_plan, save_plan

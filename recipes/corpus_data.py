@@ -29,7 +29,7 @@ from benching.report import table
 from corpora.files import generate_files
 from corpora.memory import Memory, lasting
 
-from mmtok.bench.systems import machine
+from mmtok.bench.system_probes import machine
 from mmtok.bench.tables import replace_block
 from mmtok.corpus.inspect import stats, verify
 from mmtok.corpus.records import FAILURES, LOG, PlanSettings

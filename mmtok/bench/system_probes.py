@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,18 @@ from mmtok.tokenizer import TRAINING_STATE
 from mmtok.tokens import Tokens
 
 _MEMORY_TIMEOUT = 900  # seconds
+
+
+def machine() -> dict[str, Any]:
+    """What a timing depends on beside the tokenizer: processor, threads, accelerator, torch."""
+    processor = platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    if facts.is_file():
+        names = [line.partition(":")[2].strip() for line in facts.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    found = {"machine": f"{processor}, {os.cpu_count()} processors, {platform.system()}"}
+    found |= {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return found | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def sounds_or_pictures(contender: Contender, items: Sequence[Item]) -> Tokens:

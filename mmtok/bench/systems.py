@@ -25,6 +25,7 @@ from mmtok.bench.records import Item, Result, TestSet
 from mmtok.bench.system_probes import (
     MemoryNotMeasuredError,
     given_back,
+    machine,
     peak_memory,
     sounds_or_pictures,
     stream_once,
@@ -61,21 +62,6 @@ def jobs(contender: Contender, context: Context) -> list[Job]:
         runs.append((f"speed/{test_set.name}", functools.partial(speed_results, contender, test_set, context)))
         runs.append((f"memory/{test_set.name}", functools.partial(memory_results, contender, test_set, context)))
     return [Job(f"{PART}/{name}/{contender.label}", run) for name, run in runs]
-
-
-def machine() -> dict[str, Any]:
-    """What a timing depends on beside the tokenizer: processor, threads, accelerator, torch."""
-    import os
-    import platform
-
-    processor = platform.processor() or platform.machine()
-    facts = Path("/proc/cpuinfo")
-    if facts.is_file():
-        names = [line.partition(":")[2].strip() for line in facts.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
-    found = {"machine": f"{processor}, {os.cpu_count()} processors, {platform.system()}"}
-    found |= {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return found | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 @dataclasses.dataclass(frozen=True)
